@@ -1,0 +1,287 @@
+"""Block-sparse flex attention in plain PyTorch: any device, any dtype, the readable one.
+
+Forward, per row i of queries over the visible keys j (online softmax, Milakov and Gimelshein,
+2018; partial results merged as in Rabe and Staats, "Self-attention does not need O(n^2) memory",
+2021):
+
+    s_ij = score_mod(scale * q_i . k_j),  lse_i = log sum_j exp(s_ij),
+    out_i = sum_j exp(s_ij - lse_i) v_j
+
+Backward (Dao et al., "FlashAttention", 2022, appendix B), with the global lse and
+delta_i = dout_i . out_i - dlse_i:
+
+    p_ij = exp(s_ij - lse_i),  ds_ij = p_ij (dout_i . v_j - delta_i),  dv_j = sum_i p_ij dout_i
+
+and ds goes through the derivative of score_mod before dq = scale ds k, dk = scale ds^T q.
+
+Only visible blocks are touched, in chunks of a few million scores (see `tiles`). Half precision
+inputs are multiplied and accumulated in fp32, fp64 in fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ringflex.kernels.tiles import Chunk, chunks_of
+from ringflex.masks.block_mask import BlockMask
+from ringflex.masks.trace import TracedMod
+
+_SCORES_IN_FLIGHT = {"cpu": 1 << 21, "cuda": 1 << 26}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, lse and accumulation for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    score: TracedMod | None,
+    scale: float,
+    acc: tuple[Tensor, Tensor],
+) -> None:
+    """Attends to the K/V in hand and merges the partial result into `acc`.
+
+    Args:
+        q: `[B, Hq, q_len, D]`. k: `[B, Hkv, kv_len, D]`. v: `[B, Hkv, kv_len, Dv]`.
+        mask: the block mask over `q_len` x `kv_len`.
+        score: the traced score mod, or None.
+        scale: factor of the scores.
+        acc: running `(out [B, Hq, q_len, Dv], lse [B, Hq, q_len])` in the compute dtype; lse is
+            natural log, -inf where nothing was seen yet (and out is 0 there).
+    """
+    tiles = _Tiles(q, k, v, mask, score, scale)
+    out, lse = tiles.query_blocks(acc[0]), tiles.query_blocks(acc[1])
+    for chunk in tiles.chunks:
+        s, _ = tiles.scores(
+            chunk, tiles.read_queries(tiles.q, chunk), tiles.read_keys(tiles.k, chunk)
+        )
+        top = s.amax(-1, keepdim=True)
+        top.masked_fill_(top == -torch.inf, 0)
+        p = s.sub_(top).exp_()
+        total = p.sum(-1)
+        part = tiles.by_query(p) @ tiles.read_keys(tiles.v, chunk)
+        part = part.view(*p.shape[:-1], -1) / total.masked_fill(total == 0, 1)[..., None]
+        merged = _merge(
+            tiles.read_queries(out, chunk),
+            tiles.read_queries(lse, chunk),
+            part,
+            total.log() + top.squeeze(-1),
+        )
+        for x, value in zip((out, lse), merged, strict=True):
+            tiles.write_queries(x, chunk, value)
+    tiles.store(acc[0], out)
+    tiles.store(acc[1], lse)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    mask: BlockMask,
+    score: TracedMod | None,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dcaptures: Sequence[Tensor | None],
+) -> None:
+    """Adds this K/V's share of the gradients into `dq`, `dk`, `dv` and `dcaptures`.
+
+    Args:
+        dout: `[B, Hq, q_len, Dv]`; q, k, v, mask, score, scale as in `forward`.
+        lse, delta: **global** over all K/V, compute dtype, `[B, Hq, q_len]`.
+        dq, dk, dv: accumulators in the compute dtype, shaped like q, k, v, contiguous.
+        dcaptures: accumulators shaped like the captured tensors; None where no gradient is wanted.
+    """
+    tiles = _Tiles(q, k, v, mask, score, scale)
+    dout_, lse_, delta_, dq_ = (tiles.query_blocks(x) for x in (dout, lse, delta, dq))
+    dk_, dv_ = tiles.key_blocks(dk), tiles.key_blocks(dv)
+    for chunk in tiles.chunks:
+        q_c, k_c = tiles.read_queries(tiles.q, chunk), tiles.read_keys(tiles.k, chunk)
+        dout_c = tiles.by_query(tiles.read_queries(dout_, chunk).to(tiles.dtype))
+        lse_c = tiles.read_queries(lse_, chunk)
+        s, pull_back = tiles.scores(chunk, q_c, k_c, dcaptures)
+        # A row that sees nothing has lse = -inf; exp(s - inf) = 0 for all its scores.
+        p = (s - lse_c.masked_fill(lse_c == -torch.inf, torch.inf)[..., None]).exp_()
+        ds = (dout_c @ tiles.read_keys(tiles.v, chunk).mT).view_as(p)
+        ds = ds.sub_(tiles.read_queries(delta_, chunk)[..., None]).mul_(p)
+        tiles.add_keys(dv_, chunk, tiles.by_query(p).mT @ dout_c)
+        ds = tiles.by_query(pull_back(ds)).mul_(scale)
+        dq_c = tiles.read_queries(dq_, chunk)
+        tiles.write_queries(dq_, chunk, dq_c + (ds @ k_c).view_as(dq_c))
+        tiles.add_keys(dk_, chunk, ds.mT @ tiles.by_query(q_c))
+    tiles.store(dq, dq_)
+    tiles.store(dk, dk_)
+    tiles.store(dv, dv_)
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Merges two partial results of the same queries; two empty ones stay empty."""
+    total = torch.logaddexp(lse, part_lse)
+    finite = total.masked_fill(total == -torch.inf, 0)
+    mine, theirs = (lse - finite).exp(), (part_lse - finite).exp()
+    return out * mine[..., None] + part * theirs[..., None], total
+
+
+_PullBack = Callable[[Tensor], Tensor]
+
+
+def _identity(ds: Tensor) -> Tensor:
+    return ds
+
+
+def _pad(x: Tensor, length: int) -> Tensor:
+    """Zeros after the tokens of `x [B, H, tokens, ...]` up to `length`."""
+    missing = length - x.shape[2]
+    return F.pad(x, (0, 0) * (x.ndim - 3) + (0, missing)) if missing else x
+
+
+class _Tiles:
+    """Reads and writes the tiles of chunks. `G` query heads share a K/V head; `X` = `Hkv, G`, or
+    `1, 1` where the items of the mask are single heads."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: BlockMask,
+        score: TracedMod | None,
+        scale: float,
+    ) -> None:
+        self.mask, self.score, self.scale = mask, score, scale
+        self.dtype = compute_dtype(q.dtype)
+        self.batch, self.heads = q.shape[:2]
+        self.kv_heads = k.shape[1]
+        self.groups = self.heads // self.kv_heads
+        self.q, self.k, self.v = self.query_blocks(q), self.key_blocks(k), self.key_blocks(v)
+        if ("mod", q.device) not in mask.cache:
+            mask.cache["mod", q.device] = mask.mask.to(q.device)
+        self.mod: TracedMod = mask.cache["mod", q.device]
+        self.chunks = chunks_of(
+            mask,
+            self.batch,
+            self.heads,
+            elements=_SCORES_IN_FLIGHT.get(q.device.type, _SCORES_IN_FLIGHT["cuda"]),
+            device=q.device,
+        )
+
+    def query_blocks(self, x: Tensor) -> Tensor:
+        """`[B, Hq, q_len, ...]` -> `[B, Hkv, G, q blocks, bq, ...]`, a view unless it must be padded."""
+        x = _pad(x, self.mask.q_blocks * self.mask.block_size[0])
+        return x.unflatten(2, (-1, self.mask.block_size[0])).unflatten(1, (-1, self.groups))
+
+    def key_blocks(self, x: Tensor) -> Tensor:
+        """`[B, Hkv, kv_len, ...]` -> `[B, Hkv, kv blocks, bk, ...]`, a view unless padded."""
+        x = _pad(x, self.mask.kv_blocks * self.mask.block_size[1])
+        return x.unflatten(2, (-1, self.mask.block_size[1]))
+
+    def store(self, x: Tensor, blocks: Tensor) -> None:
+        """Writes padded blocks back; blocks that are a view of `x` are there already."""
+        if blocks.data_ptr() != x.data_ptr():
+            blocks = blocks.flatten(1, 2) if blocks.ndim > x.ndim + 1 else blocks
+            x.copy_(blocks.flatten(2, 3)[:, :, : x.shape[2]])
+
+    def read_queries(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """`[R, X, bq, ...]`"""
+        if chunk.head is None:
+            return x[chunk.b, :, :, chunk.row]
+        kv_head, member = chunk.head // self.groups, chunk.head % self.groups
+        return x[chunk.b, kv_head, member, chunk.row][:, None, None]
+
+    def write_queries(self, x: Tensor, chunk: Chunk, value: Tensor) -> None:
+        if chunk.head is None:
+            x[chunk.b, :, :, chunk.row] = value
+        else:
+            kv_head, member = chunk.head // self.groups, chunk.head % self.groups
+            x[chunk.b, kv_head, member, chunk.row] = value[:, 0, 0]
+
+    def by_query(self, x: Tensor) -> Tensor:
+        """`[R, Hkv, G, bq, n]` -> `[R * Hkv, G * bq, n]`: a group's queries share their keys."""
+        return x.flatten(2, 3).flatten(0, 1)
+
+    def _key_index(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        """Batch element, K/V head and block, broadcast to `[R, Hkv or 1, L]`."""
+        if chunk.head is None:
+            heads = torch.arange(self.kv_heads, device=chunk.b.device)[None, :, None]
+        else:
+            heads = (chunk.head // self.groups)[:, None, None]
+        return chunk.b[:, None, None], heads, chunk.blocks[:, None, :]
+
+    def read_keys(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """`[R * Hkv, L * bk, ...]` in the compute dtype."""
+        return x[self._key_index(chunk)].to(self.dtype).flatten(2, 3).flatten(0, 1)
+
+    def add_keys(self, x: Tensor, chunk: Chunk, value: Tensor) -> None:
+        """Adds `[R * Hkv, L * bk, n]`, in a fixed order also where items share K/V blocks."""
+        b, head, block = self._key_index(chunk)
+        index = ((b * self.kv_heads + head) * self.mask.kv_blocks + block).reshape(-1)
+        rows = value.reshape(index.numel(), -1)
+        if x.device.type == "cpu":
+            x.view(-1, rows.shape[1]).index_add_(0, index, rows)
+        else:  # index_add_ is atomic on a GPU; this sorts first
+            x.view(-1, rows.shape[1]).index_put_((index,), rows, accumulate=True)
+
+    def scores(
+        self, chunk: Chunk, q: Tensor, k: Tensor, dcaptures: Sequence[Tensor | None] | None = None
+    ) -> tuple[Tensor, _PullBack]:
+        """Scores `[R, X, bq, L * bk]`, -inf where masked, and the way back through score_mod."""
+        shape = (*q.shape[:-1], k.shape[1])
+        q = self.by_query(q.to(self.dtype))
+        s = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=self.scale).view(shape)
+        b = chunk.b.view(-1, 1, 1, 1, 1)
+        if chunk.head is None:
+            h = torch.arange(self.heads, device=s.device).view(1, -1, self.groups, 1, 1)
+        else:
+            h = chunk.head.view(-1, 1, 1, 1, 1)
+        q_idx, kv_idx = chunk.q_idx[:, None, None, :, None], chunk.kv_idx[:, None, None, None, :]
+        inside = None
+        if chunk.partial:  # blocks that reach into padding are partial, too
+            inside = (q_idx < self.mask.q_limit) & (kv_idx < self.mask.kv_limit)
+            q_idx = q_idx.clamp(max=self.mask.q_limit - 1)
+            kv_idx = kv_idx.clamp(max=self.mask.kv_limit - 1)
+            inside = inside & self.mod.evaluate(b, h, q_idx, kv_idx)
+        if chunk.counts is not None:
+            slot = torch.arange(chunk.kv_idx.shape[1], device=s.device)
+            filled = slot < chunk.counts.view(-1, 1, 1, 1, 1) * self.mask.block_size[1]
+            inside = filled if inside is None else inside & filled
+        hidden = None if inside is None else ~inside
+        if self.score is None:
+            return (s if hidden is None else s.masked_fill_(hidden, -torch.inf)), _identity
+        if dcaptures is None:
+            s = self.score.evaluate(b, h, q_idx, kv_idx, s).expand(shape)
+            # Out of place: what the mod returned may be the mod's own tensor.
+            return (s * 1 if hidden is None else s.masked_fill(hidden, -torch.inf)), _identity
+        leaf = s.requires_grad_()
+        captures = [
+            c.detach().requires_grad_(into is not None)
+            for c, into in zip(self.score.captures, dcaptures, strict=True)
+        ]
+        with torch.enable_grad():
+            modified = self.score.evaluate(b, h, q_idx, kv_idx, leaf, captures).expand(shape)
+
+        def pull_back(ds: Tensor) -> Tensor:
+            wanted = [c for c in captures if c.requires_grad]
+            grads: Sequence[Tensor | None] = [None] * (1 + len(wanted))
+            if modified.requires_grad:
+                grads = torch.autograd.grad(modified, [leaf, *wanted], ds, allow_unused=True)
+            into = [d for d in dcaptures if d is not None]
+            for total, grad in zip(into, grads[1:], strict=True):
+                if grad is not None:
+                    total.add_(grad)
+            result = torch.zeros_like(ds) if grads[0] is None else grads[0]
+            return result if hidden is None else result.masked_fill(hidden, 0)
+
+        s = modified.detach()
+        return (s if hidden is None else s.masked_fill(hidden, -torch.inf)), pull_back

@@ -1,0 +1,269 @@
+"""BlockMask: which blocks of keys each block of queries sees, as runs.
+
+Per row (one block of queries, of one batch element and head if the mask depends on them) there are
+two lists of runs `[start, end)` of K/V blocks: *full* blocks, whose every element is visible, and
+*partial* blocks, in which the mask must be asked. Lists are CSR arrays on the host: a causal mask of
+8,192 rows is two runs a row. Blocks know their global starts, so a sequence may be cut into chunks
+and dealt out in any order while the mask still sees global indices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringflex.masks.trace import TracedMod
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """CSR lists of runs: row `r` has runs `indptr[r]:indptr[r + 1]`, sorted and disjoint.
+
+    Attributes:
+        indptr: int64 `[rows + 1]`.
+        start, end: int64 `[runs]`, in blocks; `end` is exclusive.
+    """
+
+    indptr: Array
+    start: Array
+    end: Array
+
+    @classmethod
+    def from_pieces(cls, row: Array, start: Array, end: Array, rows: int) -> Runs:
+        """Sorts disjoint pieces by row, drops empty ones and joins those that touch."""
+        keep = end > start
+        row, start, end = row[keep], start[keep], end[keep]
+        order = np.lexsort((start, row))
+        row, start, end = row[order], start[order], end[order]
+        first = np.ones(row.size, dtype=bool)
+        first[1:] = (row[1:] != row[:-1]) | (start[1:] != end[:-1])
+        last = np.ones(row.size, dtype=bool)
+        last[:-1] = first[1:]
+        indptr = np.zeros(rows + 1, dtype=np.int64)
+        np.cumsum(np.bincount(row[first], minlength=rows), out=indptr[1:])
+        return cls(indptr, start[first], end[last])
+
+    @property
+    def row(self) -> Array:
+        """int64 `[runs]`: the row of each run."""
+        return np.repeat(np.arange(self.indptr.size - 1), np.diff(self.indptr))
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks in all runs."""
+        return int((self.end - self.start).sum())
+
+    def pairs(self) -> tuple[Array, Array]:
+        """Every (row, column) of every run, in order: int64 `[blocks]` each."""
+        length = self.end - self.start
+        offset = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        return np.repeat(self.row, length), np.repeat(self.start, length) + offset
+
+    def transpose(self, rows_per_group: int, columns: int) -> Runs:
+        """The same blocks by column: runs of rows. Groups (batch, head) stay apart.
+
+        Row `group * rows_per_group + r` that lists column `c` becomes row `group * columns + c`
+        that lists `r`. A column's run begins where a row has it and the row before has not, and
+        ends where that turns round; only these events are expanded, never all blocks.
+        """
+        rows = self.indptr.size - 1
+        row = self.row
+        # Per row: +1 from `start`, -1 from `end`; the row before, negated, gives the difference.
+        follows = (row + 1) % rows_per_group != 0
+        at_row = np.concatenate([row, row, row[follows] + 1, row[follows] + 1])
+        at = np.concatenate([self.start, self.end, self.start[follows], self.end[follows]])
+        ones = np.ones(row.size, dtype=np.int64)
+        less = -ones[follows]
+        change = np.concatenate([ones, -ones, less, -less])
+        order = np.lexsort((at, at_row))
+        at_row, at, level = at_row[order], at[order], np.cumsum(change[order])
+        segment = np.flatnonzero(
+            (level[:-1] != 0) & (at_row[:-1] == at_row[1:]) & (at[:-1] < at[1:])
+        )
+        width = at[segment + 1] - at[segment]
+        column = np.repeat(at[segment], width)
+        column += np.arange(width.sum()) - np.repeat(np.cumsum(width) - width, width)
+        event_row = np.repeat(at_row[segment], width)
+        begins = np.repeat(level[segment] > 0, width)
+        key = event_row // rows_per_group * columns + column
+        event = event_row % rows_per_group
+        starts = np.lexsort((event[begins], key[begins]))
+        # A run that is still open at the last row of its group ends there.
+        end_key, end_at = key[~begins], event[~begins]
+        last = (row + 1) % rows_per_group == 0
+        open_runs = Runs(np.array([0]), self.start[last], self.end[last])
+        open_width = open_runs.end - open_runs.start
+        open_column = np.repeat(open_runs.start, open_width)
+        open_column += np.arange(open_width.sum()) - np.repeat(
+            np.cumsum(open_width) - open_width, open_width
+        )
+        open_group = np.repeat(row[last] // rows_per_group, open_width)
+        end_key = np.concatenate([end_key, open_group * columns + open_column])
+        end_at = np.concatenate([end_at, np.full(open_column.size, rows_per_group)])
+        ends = np.lexsort((end_at, end_key))
+        total = rows // rows_per_group * columns
+        return Runs.from_pieces(key[begins][starts], event[begins][starts], end_at[ends], total)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """The visible blocks of a mask over queries and keys in hand.
+
+    Attributes:
+        mask: the traced mask mod; asked in partial blocks, with global indices.
+        B, H: batch elements and heads that the lists distinguish; 1 where the mask does not.
+        block_size: tokens per block of queries and per block of keys.
+        q_len, kv_len: tokens in hand (rows of the query tensor, of the key tensor).
+        q_starts: global position of each query block, int64 `[query blocks]`.
+        kv_starts: global position of each K/V block, int64 `[1 or B, K/V blocks]`.
+        q_limit, kv_limit: positions from here on are padding.
+        full, partial: runs of K/V blocks for row `(b * H + h) * query blocks + block`.
+    """
+
+    mask: TracedMod
+    B: int
+    H: int
+    block_size: tuple[int, int]
+    q_len: int
+    kv_len: int
+    q_starts: Array
+    kv_starts: Array
+    q_limit: int
+    kv_limit: int
+    full: Runs
+    partial: Runs
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # device copies, by kernel
+
+    @property
+    def q_blocks(self) -> int:
+        return self.q_starts.size
+
+    @property
+    def kv_blocks(self) -> int:
+        return self.kv_starts.shape[1]
+
+    @property
+    def visible_blocks(self) -> int:
+        """Blocks computed, summed over the B and H that the mask distinguishes."""
+        return self.full.blocks + self.partial.blocks
+
+    @property
+    def density(self) -> float:
+        """Share of all blocks that is computed."""
+        return self.visible_blocks / max(1, self.B * self.H * self.q_blocks * self.kv_blocks)
+
+    def transpose(self) -> tuple[Runs, Runs]:
+        """Full and partial runs of query blocks for row `(b * H + h) * kv_blocks + block`."""
+        return (
+            self.full.transpose(self.q_blocks, self.kv_blocks),
+            self.partial.transpose(self.q_blocks, self.kv_blocks),
+        )
+
+    def needed(self) -> Array:
+        """bool `[B, kv_blocks]`: K/V blocks that some query in hand sees, in any head."""
+        delta = np.zeros((self.B, self.kv_blocks + 1), dtype=np.int64)
+        for runs in (self.full, self.partial):
+            b = runs.row // (self.H * self.q_blocks)
+            np.add.at(delta, (b, runs.start), 1)
+            np.add.at(delta, (b, runs.end), -1)
+        return np.cumsum(delta, axis=1)[:, :-1] > 0
+
+    def select_kv(self, columns: list[Array]) -> BlockMask:
+        """The mask over a K/V tensor that holds only some blocks, side by side.
+
+        Args:
+            columns: for each batch element that the mask distinguishes (`[B]`), the blocks held,
+                ascending; shorter lists are padded with blocks that nobody sees.
+        """
+        assert len(columns) == self.B
+        width = max((c.size for c in columns), default=0)
+        kv_starts = np.full((self.B, width), self.kv_limit, dtype=np.int64)
+        before = np.zeros((self.B, self.kv_blocks + 1), dtype=np.int64)
+        for b, held in enumerate(columns):
+            kv_starts[b, : held.size] = self.kv_starts[b % self.kv_starts.shape[0], held]
+            before[b, held + 1] = 1
+        before = np.cumsum(before, axis=1)
+
+        def select(runs: Runs) -> Runs:
+            row = runs.row
+            b = row // (self.H * self.q_blocks)
+            rows = runs.indptr.size - 1
+            return Runs.from_pieces(row, before[b, runs.start], before[b, runs.end], rows)
+
+        return BlockMask(
+            mask=self.mask,
+            B=self.B,
+            H=self.H,
+            block_size=self.block_size,
+            q_len=self.q_len,
+            kv_len=width * self.block_size[1],
+            q_starts=self.q_starts,
+            kv_starts=kv_starts,
+            q_limit=self.q_limit,
+            kv_limit=self.kv_limit,
+            full=select(self.full),
+            partial=select(self.partial),
+        )
+
+    def block_map(self) -> Array:
+        """uint8 `[B, H, q_blocks, kv_blocks]`: 0 not visible, 1 partial, 2 full."""
+        states = np.zeros((self.B * self.H * self.q_blocks, self.kv_blocks), dtype=np.uint8)
+        for runs, state in ((self.partial, 1), (self.full, 2)):
+            states[runs.pairs()] = state
+        return states.reshape(self.B, self.H, self.q_blocks, self.kv_blocks)
+
+    def to_dense(self) -> Tensor:
+        """bool `[B, H, q_len, kv_len]` on the CPU, element by element: for tests and pictures."""
+        bq, bk = self.block_size
+        states = torch.from_numpy(self.block_map()).repeat_interleave(bq, 2)
+        states = states.repeat_interleave(bk, 3)
+        q_idx = (torch.from_numpy(self.q_starts)[:, None] + torch.arange(bq)).reshape(-1)
+        kv_idx = torch.from_numpy(self.kv_starts)[:, :, None] + torch.arange(bk)
+        kv_idx = kv_idx.reshape(kv_idx.shape[0], 1, 1, -1)
+        inside = (q_idx < self.q_limit).reshape(1, 1, -1, 1) & (kv_idx < self.kv_limit)
+        seen = self.mask.to(torch.device("cpu")).evaluate(
+            torch.arange(self.B).reshape(-1, 1, 1, 1),
+            torch.arange(self.H).reshape(1, -1, 1, 1),
+            q_idx.clamp(max=max(0, self.q_limit - 1)).reshape(1, 1, -1, 1),
+            kv_idx.clamp(max=max(0, self.kv_limit - 1)),
+        )
+        dense = (states == 2) | ((states == 1) & inside & seen)
+        return dense[:, :, : self.q_len, : self.kv_len]
+
+    def picture(self, b: int = 0, h: int = 0, *, columns: int = 64) -> str:
+        """The mask of one batch element and head as text, queries downwards, keys to the right."""
+        height = max(1, min(self.q_blocks, columns // 2))
+        width = max(1, min(self.kv_blocks, columns))
+        base = (b * self.H + h) * self.q_blocks
+        covered = np.zeros((2, height, width))
+        for kind, runs in enumerate((self.full, self.partial)):
+            row = runs.row
+            mine = (row >= base) & (row < base + self.q_blocks)
+            y = (row[mine] - base) * height // max(1, self.q_blocks)
+            for x in range(width):
+                left, right = (-(-edge * self.kv_blocks // width) for edge in (x, x + 1))
+                overlap = np.minimum(runs.end[mine], right) - np.maximum(runs.start[mine], left)
+                np.add.at(covered[kind, :, x], y, np.maximum(overlap, 0))
+        rows = np.bincount(np.arange(self.q_blocks) * height // self.q_blocks, minlength=height)
+        edges = -(-np.arange(width + 1) * self.kv_blocks // width)
+        area = rows[:, None] * np.diff(edges)[None, :]
+        share = (covered[0] + covered[1]) / np.maximum(area, 1)
+        shade = np.array(list(" ░▒▓"))[np.ceil(np.clip(share, 0, 1) * 3).astype(int)]
+        shade = np.where(covered[0] >= area, "█", shade)
+        return "\n".join("".join(line) for line in shade)
+
+    def __str__(self) -> str:
+        bq, bk = self.block_size
+        return (
+            f"BlockMask({self.mask.name}, B={self.B}, H={self.H}, q_len={self.q_len}, "
+            f"kv_len={self.kv_len}, block_size=({bq}, {bk}), {self.density:.1%} of blocks visible: "
+            f"{self.full.blocks} full, {self.partial.blocks} partial)\n{self.picture()}"
+        )
+
+    __repr__ = __str__

@@ -1,0 +1,317 @@
+"""Python function -> aten graph with its captured tensors, and its evaluation over index tensors.
+
+A mod is written for one element: its indices are 0-dim tensors. `make_fx` records the aten
+operations on them. Because every recorded operation works on scalars, the same graph evaluates over
+whole tiles by broadcasting: that is what the eager kernel, the block-mask builder and (lowered)
+the fused kernels do with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+INDEX_NAMES = ("b", "h", "q_idx", "kv_idx")
+_INDEX = torch.ops.aten.index.Tensor
+
+
+class IndexByTensor(TorchFunctionMode):
+    """Records `table[q_idx, kv_idx]` as an aten index; plain indexing would ask for `.item()`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.Tensor.__getitem__:
+            return func(*args, **(kwargs or {}))
+        table, key = args
+        key = key if isinstance(key, tuple) else (key,)
+        indices: list[Tensor | None] = []
+        dim = 0
+        for item in key:
+            if isinstance(item, int) and not isinstance(item, bool):
+                table = table.select(dim, item)
+                continue
+            if isinstance(item, Tensor) and item.dtype != torch.bool:
+                indices.append(item)
+            elif item == slice(None):
+                indices.append(None)
+            else:
+                return func(*args, **(kwargs or {}))
+            dim += 1
+        if all(index is None for index in indices):
+            return table
+        return _INDEX(table, indices)
+
+
+@dataclass(frozen=True, eq=False)
+class TracedMod:
+    """A mod as data: an aten graph, its captured tensors, and which inputs it uses.
+
+    Attributes:
+        name: the function's name, for messages.
+        module: the graph; its inputs are the mod's arguments, then the captured tensors.
+        captures: the captured tensors themselves (identity kept, so that gradients reach them).
+        uses: names of the arguments that the result depends on.
+        varying: the operations that depend on an argument; the others are computed once.
+        scalar: every varying operation works on scalars, so the graph broadcasts.
+    """
+
+    name: str
+    module: fx.GraphModule
+    captures: tuple[Tensor, ...]
+    uses: frozenset[str]
+    varying: frozenset[fx.Node]
+    scalar: bool
+
+    def evaluate(
+        self,
+        b: Tensor,
+        h: Tensor,
+        q_idx: Tensor,
+        kv_idx: Tensor,
+        score: Tensor | None = None,
+        captures: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """The mod over whole tensors of indices; differentiable in `score` and the captures.
+
+        Args:
+            b, h, q_idx, kv_idx: int64, rank >= 1, broadcastable to one another (and to `score`).
+            score: the scores, for a score mod.
+            captures: stand-ins for `self.captures` (another device, or leaves of a gradient).
+
+        Returns:
+            A tensor that broadcasts to the common shape of the inputs.
+        """
+        inputs = [b, h, q_idx, kv_idx] if score is None else [score, b, h, q_idx, kv_idx]
+        inputs += self.captures if captures is None else captures
+        if not self.scalar:
+            return self._evaluate_by_vmap(inputs, len(inputs) - len(self.captures))
+        values: dict[fx.Node, Any] = {}
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = inputs[len(values)]
+            elif node.op == "call_function":
+                values[node] = self._run(node, values)
+            else:
+                return values[node.args[0]]
+        raise AssertionError("a graph ends with its output")
+
+    def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        varies = node in self.varying
+
+        def value(arg: fx.Node) -> Any:
+            x = values[arg]
+            # Type promotion treats 0-dim tensors apart; the mod was written for equals.
+            return x.reshape(1) if varies and isinstance(x, Tensor) and x.ndim == 0 else x
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        if node.target is _INDEX:
+            return _read(*args)
+        if "device" in kwargs:  # a constant made inside the mod lives where the indices live
+            kwargs = {**kwargs, "device": next(iter(values.values())).device}
+        result = node.target(*args, **kwargs)
+        traced = node.meta.get("val")
+        if varies and isinstance(traced, Tensor) and result.dtype != traced.dtype:
+            result = result.to(traced.dtype)
+        return result
+
+    def _evaluate_by_vmap(self, inputs: Sequence[Tensor], arguments: int) -> Tensor:
+        shape = torch.broadcast_shapes(*(x.shape for x in inputs[:arguments]))
+        flat = [x.expand(shape).reshape(-1) for x in inputs[:arguments]]
+        in_dims = (0,) * arguments + (None,) * len(self.captures)
+        mapped = torch.vmap(self.module, in_dims=in_dims)
+        return mapped(*flat, *inputs[arguments:]).reshape(shape)
+
+    def to(self, device: torch.device) -> TracedMod:
+        """The same mod with its captured tensors (detached) on `device`."""
+        if all(c.device == device for c in self.captures):
+            return self
+        return replace(self, captures=tuple(c.detach().to(device) for c in self.captures))
+
+    def digest(self) -> bytes:
+        """16 bytes that are equal for equal graphs over equal captured values."""
+        state = hashlib.blake2b(digest_size=16)
+        state.update(self.module.code.encode())
+        for capture in self.captures:
+            value = capture.detach().cpu().contiguous()
+            state.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            state.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        return state.digest()
+
+
+def _read(table: Tensor, indices: Sequence[Tensor]) -> Tensor:
+    if not (table.requires_grad and table.device.type == "cpu"):
+        return _INDEX(table, indices)
+    # On a CPU the gradient of index() adds in parallel, in any order; that of index_select() is
+    # serial, so the same inputs give the same bits.
+    linear: Tensor | int = 0
+    for size, index in zip(table.shape, indices, strict=True):
+        linear = linear * size + torch.where(index < 0, index + size, index)
+    assert isinstance(linear, Tensor)
+    return table.reshape(-1).index_select(0, linear.reshape(-1)).reshape(linear.shape)
+
+
+def trace_mask(mask_mod: Callable[..., Tensor]) -> TracedMod:
+    """Traces `mask_mod(b, h, q_idx, kv_idx) -> bool`.
+
+    Raises:
+        TypeError: not a function of four indices, or it does not return a boolean scalar tensor.
+        ValueError: it branches on the value of a tensor.
+    """
+    example = [torch.zeros((), dtype=torch.int64) for _ in INDEX_NAMES]
+    return _trace(mask_mod, "mask_mod", INDEX_NAMES, example, (torch.bool,))
+
+
+def trace_score(score_mod: Callable[..., Tensor], dtype: torch.dtype) -> TracedMod:
+    """Traces `score_mod(score, b, h, q_idx, kv_idx) -> score` for scores of `dtype`.
+
+    Raises:
+        TypeError: not a function of a score and four indices, or it does not return a
+            floating-point scalar tensor.
+        ValueError: it branches on the value of a tensor.
+    """
+    example = [torch.zeros((), dtype=dtype)]
+    example += [torch.zeros((), dtype=torch.int64) for _ in INDEX_NAMES]
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return _trace(score_mod, "score_mod", ("score", *INDEX_NAMES), example, floats)
+
+
+def _trace(
+    fn: Callable[..., Tensor],
+    kind: str,
+    names: tuple[str, ...],
+    example: list[Tensor],
+    dtypes: tuple[torch.dtype, ...],
+) -> TracedMod:
+    name = getattr(fn, "name", None) or getattr(fn, "__name__", type(fn).__name__)
+    _check_callable(fn, kind, names, name)
+
+    def positional(*args: Tensor) -> Tensor:
+        result = fn(*args)
+        _check_result(result, kind, name, dtypes)
+        return result
+
+    try:
+        with IndexByTensor(), torch.no_grad():
+            module = make_fx(positional)(*example)
+    except RuntimeError as error:
+        if "value out of a tracing tensor" not in str(error) and "item()" not in str(error):
+            raise
+        raise ValueError(_branch_message(fn, kind, name, error)) from error
+    _merge_nested_reads(module)
+    captures = _lift_captures(module)
+    uses, varying, scalar = _dependence(module.graph, names)
+    return TracedMod(name, module, captures, uses, varying, scalar)
+
+
+def _check_callable(fn: Any, kind: str, names: tuple[str, ...], name: str) -> None:
+    wanted = f"{kind}({', '.join(names)})"
+    if not callable(fn):
+        raise TypeError(f"{kind} must be a function {wanted}, got {type(fn).__name__}: {fn!r:.80}")
+    try:
+        inspect.signature(fn).bind(*names)
+    except TypeError as error:
+        raise TypeError(
+            f"{kind} '{name}' must be callable as {wanted}; its signature is "
+            f"{name}{inspect.signature(fn)}: {error}"
+        ) from None
+    except ValueError:  # builtins have no signature; calling them will tell
+        return
+
+
+def _check_result(result: Any, kind: str, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    if kind == "mask_mod":
+        wanted = "a boolean tensor, e.g. `return (q_idx >= kv_idx) & (q_idx - kv_idx < 128)`"
+    else:
+        wanted = "the score as a floating-point tensor, e.g. `return score + bias[h]`"
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"{kind} '{name}' must return {wanted}; got {type(result).__name__} {result!r:.60}"
+        )
+    if result.dtype not in dtypes:
+        raise TypeError(f"{kind} '{name}' must return {wanted}; got dtype {result.dtype}")
+    if result.ndim != 0:
+        raise TypeError(
+            f"{kind} '{name}' is called for one element and must return one value; "
+            f"got shape {tuple(result.shape)}"
+        )
+
+
+def _branch_message(fn: Any, kind: str, name: str, error: BaseException) -> str:
+    where = ""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        in_library = "/torch/" in frame.filename or frame.filename == __file__
+        if not in_library:
+            where = f" ({frame.filename}:{frame.lineno}: {frame.line})"
+            break
+    return (
+        f"{kind} '{name}' turns a tensor into a Python value{where}: `if`, `and`, `or`, `not`, "
+        f"`int()`, `.item()` and chained comparisons cannot be traced. Write it with tensors: "
+        f"`a & b` for `a and b`, `a | b` for `a or b`, `~a` for `not a`, "
+        f"`(low <= x) & (x < high)` for `low <= x < high`, and `torch.where(condition, x, y)` "
+        f"for `x if condition else y`."
+    )
+
+
+def _lift_captures(module: fx.GraphModule) -> tuple[Tensor, ...]:
+    """Turns the constants that tracing stored on the module into inputs after the indices."""
+    graph = module.graph
+    captures: list[Tensor] = []
+    inputs: list[fx.Node] = []
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(module, str(node.target))
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            raise TypeError(
+                f"a captured tensor must be a plain torch.Tensor, got {type(tensor).__name__} "
+                f"(of a DTensor, capture `.full_tensor()` or `.to_local()`)"
+            )
+        known = next((i for i, c in enumerate(captures) if c is tensor), None)
+        if known is None:
+            known = len(captures)
+            captures.append(tensor)
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"capture{known}")
+            inputs.append(last)
+        node.replace_all_uses_with(inputs[known])
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return tuple(captures)
+
+
+def _merge_nested_reads(module: fx.GraphModule) -> None:
+    """`table[b][q_idx]` reads `table[b, q_idx]`: one scalar read instead of a row."""
+    for node in module.graph.nodes:
+        if node.target is not _INDEX or None in node.args[1]:
+            continue
+        row = node.args[0]
+        if row.target is _INDEX and None not in row.args[1]:
+            node.args = (row.args[0], [*row.args[1], *node.args[1]])
+
+
+def _dependence(
+    graph: fx.Graph, names: tuple[str, ...]
+) -> tuple[frozenset[str], frozenset[fx.Node], bool]:
+    reads: dict[fx.Node, frozenset[str]] = {}
+    scalar = True
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            reads[node] = frozenset(names[len(reads) : len(reads) + 1])
+        else:
+            reads[node] = frozenset[str]().union(*(reads[n] for n in node.all_input_nodes))
+            value = node.meta.get("val")
+            if node.op == "call_function" and reads[node]:
+                scalar &= isinstance(value, Tensor) and value.ndim == 0
+    output = next(node for node in graph.nodes if node.op == "output")
+    varying = frozenset(n for n, r in reads.items() if r and n.op == "call_function")
+    return reads[output], varying, scalar

@@ -1,0 +1,1 @@
+"""Who holds what, who sends what to whom, and when."""

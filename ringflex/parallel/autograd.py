@@ -1,0 +1,106 @@
+"""The one torch.autograd.Function of attention, for one device and for many."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ringflex.masks.trace import TracedMod
+from ringflex.parallel import schedule
+from ringflex.parallel.plan import Plan
+
+
+class Attention(torch.autograd.Function):
+    """`(q, k, v, sinks, *captures) -> (out, lse)`.
+
+    A sink is one more key without a value (Xiao et al., "Efficient Streaming Language Models with
+    Attention Sinks", 2023; a learned logit per head as in gpt-oss, 2025): it enters as the partial
+    result (out 0, lse = sink) that the first step merges into.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        kernel: ModuleType,
+        score: TracedMod | None,
+        scale: float,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        *captures: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = kernel.compute_dtype(q.dtype)
+        out = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
+        if sinks is not None:
+            lse.copy_(sinks.to(dtype)[None, :, None].expand_as(lse))
+        schedule.forward(plan, kernel, q, k, v, score, scale, (out, lse))
+        rounded = out.to(q.dtype)
+        ctx.plan, ctx.kernel, ctx.score, ctx.scale = plan, kernel, score, scale
+        ctx.save_for_backward(q, k, v, sinks, rounded, lse)
+        return rounded, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - dlse
+        score: TracedMod | None = ctx.score
+        captures = () if score is None else score.captures
+        dcaptures = [
+            torch.zeros(c.shape, dtype=c.dtype, device=c.device) if wanted else None
+            for c, wanted in zip(captures, ctx.needs_input_grad[8:], strict=True)
+        ]
+        dq, dk, dv = schedule.backward(
+            ctx.plan, ctx.kernel, dout, q, k, v, lse, delta, score, ctx.scale, dcaptures
+        )
+        dsinks = None
+        if sinks is not None and ctx.needs_input_grad[7]:
+            weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()
+            dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
+        grads = (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks)
+        return (None, None, None, None, *grads, *dcaptures)
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, x: Tensor, dim: int) -> Tensor:
+        ctx.plan, ctx.dim = plan, dim
+        layout = plan.layout
+        parts = [x] if plan.world_size == 1 else _comm(plan).all_gather(x)
+        whole = torch.cat(parts, dim)
+        positions = torch.cat(
+            [torch.from_numpy(layout.positions_of(r)) for r in range(plan.world_size)]
+        )
+        slot_of = torch.empty_like(positions)
+        slot_of[positions] = torch.arange(positions.numel())
+        return whole.index_select(dim, slot_of[: plan.seq_len].to(x.device))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        plan: Plan = ctx.plan
+        if plan.world_size > 1:
+            grad = _comm(plan).sum(grad.clone(memory_format=torch.contiguous_format))
+        return None, plan.shard(grad, ctx.dim), None
+
+
+def _comm(plan: Plan) -> Any:
+    if plan.comm is None:
+        raise ValueError(
+            f"this plan of {plan.world_size} ranks was made without a process group (plan_all); "
+            "make it with rf.plan(..., group=...) on every rank"
+        )
+    return plan.comm
+
+
+def unshard(plan: Plan, x: Tensor, dim: int) -> Tensor:
+    """See `Plan.unshard`."""
+    result: Tensor = _Unshard.apply(plan, x, dim)
+    return result

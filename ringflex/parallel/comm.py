@@ -1,0 +1,153 @@
+"""The only user of torch.distributed: agreement, needs, and point-to-point exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_RECORD = 512  # bytes that each rank contributes to an agreement
+_DIGEST = 16
+_HEAD = 1 + 8 + _DIGEST  # error flag, count, digest; the rest is text
+
+
+class Communicator:
+    """One process group, seen by one rank.
+
+    Attributes:
+        rank, size: within the group.
+        device: where the group's tensors must live: the current GPU for NCCL, else the CPU.
+        bytes_sent, bytes_received: K/V and gradient payload so far.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.on_gpu = "nccl" in dist.get_backend(group)
+        self.bytes_sent = self.bytes_received = 0
+
+    @property
+    def device(self) -> torch.device:
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if self.on_gpu
+            else torch.device("cpu")
+        )
+
+    def agree(
+        self, what: str, digest: bytes, error: BaseException | None = None, count: int = 0
+    ) -> list[int]:
+        """Every rank must come here with the same `digest` and no error.
+
+        Args:
+            what: the choice in words, for the message; a few hundred characters.
+            digest: at most 16 bytes.
+            error: what this rank found wrong; it is raised here, and the others hear of it.
+            count: any number that the ranks should tell each other.
+
+        Returns:
+            Every rank's `count`.
+
+        Raises:
+            ValueError: another rank found something wrong, or ranks came with different digests.
+        """
+        text = (str(error) if error is not None else what).encode()[: _RECORD - _HEAD]
+        head = bytes([error is not None]) + count.to_bytes(8, "little")
+        record = head + digest.ljust(_DIGEST, b"\0") + text
+        mine = torch.frombuffer(bytearray(record.ljust(_RECORD, b"\0")), dtype=torch.uint8)
+        records = [bytes(r.tolist()) for r in self.all_gather(mine.to(self.device))]
+        if error is not None:
+            raise error
+
+        def said(rank: int) -> str:
+            return records[rank][_HEAD:].rstrip(b"\0").decode(errors="replace")
+
+        refusing = [r for r in range(self.size) if records[r][0]]
+        if refusing:
+            raise ValueError(f"rank {refusing[0]} refused: {said(refusing[0])}")
+        digests = [r[_HEAD - _DIGEST : _HEAD] for r in records]
+        other = next((r for r in range(self.size) if digests[r] != digests[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"ranks disagree; all ranks of the group must pass the same.\n"
+                f"rank 0: {said(0)}\nrank {other}: {said(other)}"
+                + ("\n(the values of captured tensors differ)" if said(0) == said(other) else "")
+            )
+        return [int.from_bytes(r[1:9], "little") for r in records]
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, which have one shape and dtype."""
+        out = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(out, x.contiguous(), group=self.group)
+        return out
+
+    def all_gather_rows(self, rows: Array, counts: list[int]) -> list[Array]:
+        """The int64 rows `[counts[r], n]` of every rank r, in one collective."""
+        padded = np.zeros((max(1, *counts), rows.shape[1]), dtype=np.int64)
+        padded[: rows.shape[0]] = rows
+        parts = self.all_gather(torch.from_numpy(padded).to(self.device))
+        return [part.cpu().numpy()[:n] for part, n in zip(parts, counts, strict=True)]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of `x` over the ranks, in place."""
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def exchange(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> Exchange:
+        """Starts sending and receiving contiguous tensors, by peer rank within the group."""
+        ops = [dist.P2POp(dist.isend, x, group=self.group, group_peer=p) for p, x in sends]
+        ops += [dist.P2POp(dist.irecv, x, group=self.group, group_peer=p) for p, x in receives]
+        self.bytes_sent += sum(x.nbytes for _, x in sends)
+        self.bytes_received += sum(x.nbytes for _, x in receives)
+        works = dist.batch_isend_irecv(ops) if ops else []
+        return Exchange(works, [x for _, x in (*sends, *receives)])
+
+
+class Exchange:
+    """Transfers under way; keeps their buffers alive until `wait`."""
+
+    def __init__(self, works: Sequence[Any], buffers: list[Tensor]) -> None:
+        self.works, self.buffers = works, buffers
+
+    def wait(self) -> None:
+        """The buffers are ready for the current stream (GPU) or the program (CPU)."""
+        for work in self.works:
+            work.wait()
+        self.buffers = []
+
+
+def communicator(group: Any) -> Communicator | None:
+    """The communicator of a ProcessGroup, a 1-D DeviceMesh, or None: the world, if there is one.
+
+    Raises:
+        TypeError: something else. ValueError: a mesh of several dimensions, or a group without
+            this rank.
+    """
+    if group is None:
+        return (
+            Communicator(dist.group.WORLD)
+            if dist.is_available() and dist.is_initialized()
+            else None
+        )
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"group must be a 1-D DeviceMesh, got {group.ndim} dimensions "
+                f"{group.mesh_dim_names}; pass one of them, e.g. mesh['cp']"
+            )
+        group = group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this rank is not a member of the group; only members may call plan()")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be a ProcessGroup or a 1-D DeviceMesh, got {type(group).__name__}"
+        )
+    return Communicator(group)

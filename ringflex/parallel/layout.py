@@ -1,0 +1,104 @@
+"""Which chunk of the global sequence sits on which rank. Pure: data in, data out.
+
+A layout deals fixed-size chunks of whole blocks onto ranks. Every rank holds the same number of
+blocks, in ascending global order; what does not divide is padded at the end of the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Layout:
+    """An assignment of the blocks of one sequence to ranks.
+
+    Attributes:
+        name: "contiguous", "zigzag", "striped".
+        seq_len: true tokens of the sequence.
+        world_size: ranks.
+        block_size: tokens per block.
+        owner: rank that holds each block, int64 `[blocks]`, padding blocks included.
+    """
+
+    name: str
+    seq_len: int
+    world_size: int
+    block_size: int
+    owner: Array
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the padded sequence: a multiple of `world_size`."""
+        return self.owner.size
+
+    @property
+    def real_blocks(self) -> int:
+        """Blocks that hold at least one true token."""
+        return -(-self.seq_len // self.block_size)
+
+    @property
+    def local_len(self) -> int:
+        """Token slots on each rank, padding included."""
+        return self.blocks // self.world_size * self.block_size
+
+    def blocks_of(self, rank: int) -> Array:
+        """Global indices of the blocks that `rank` holds, ascending, int64."""
+        return np.flatnonzero(self.owner == rank)
+
+    def positions_of(self, rank: int) -> Array:
+        """Global position of each token slot of `rank`, int64 `[local_len]`."""
+        starts = self.blocks_of(rank) * self.block_size
+        return (starts[:, None] + np.arange(self.block_size)).reshape(-1)
+
+
+def make_layout(name: str, seq_len: int, world_size: int, block_size: int) -> Layout:
+    """The layout `name` for a sequence.
+
+    - `contiguous`: rank r holds the r-th stretch. Windows and documents stay together.
+    - `zigzag`: 2W chunks, rank r holds chunks r and 2W-1-r: a causal triangle folds evenly.
+    - `striped`: blocks dealt in turn (Brandon et al., "Striped Attention", 2023, with blocks for
+      tokens).
+
+    Raises:
+        ValueError: unknown name, or a size is not positive.
+    """
+    if name not in LAYOUTS:
+        raise ValueError(f"layout={name!r} is not one of {', '.join(LAYOUTS)}")
+    for label, value in (
+        ("seq_len", seq_len),
+        ("world_size", world_size),
+        ("block_size", block_size),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{label} must be a positive int, got {value!r}")
+    owner = LAYOUTS[name](-(-seq_len // block_size), world_size)
+    return Layout(
+        name=name, seq_len=seq_len, world_size=world_size, block_size=block_size, owner=owner
+    )
+
+
+def _contiguous(blocks: int, world_size: int) -> Array:
+    return np.repeat(np.arange(world_size), -(-blocks // world_size))
+
+
+def _zigzag(blocks: int, world_size: int) -> Array:
+    ranks = np.arange(world_size)
+    return np.repeat(np.concatenate([ranks, ranks[::-1]]), -(-blocks // (2 * world_size)))
+
+
+def _striped(blocks: int, world_size: int) -> Array:
+    return np.tile(np.arange(world_size), -(-blocks // world_size))
+
+
+LAYOUTS: dict[str, Callable[[int, int], Array]] = {
+    "contiguous": _contiguous,
+    "zigzag": _zigzag,
+    "striped": _striped,
+}

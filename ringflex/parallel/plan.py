@@ -1,0 +1,238 @@
+"""Plan: the global block mask, sharded by sequence, with the schedule that serves it.
+
+Pure data, but for `unshard`, which needs the communicator that the plan was made with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringflex.masks.block_mask import BlockMask
+from ringflex.parallel.layout import Layout
+from ringflex.parallel.steps import Step
+
+if TYPE_CHECKING:
+    from ringflex.parallel.comm import Communicator
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanStats:
+    """What a plan computes and moves. Blocks count per batch element that the mask distinguishes
+    (once if it does not).
+
+    Attributes:
+        work: visible blocks that each rank computes, `[W]`, over the mask's batch and heads.
+        blocks_received, blocks_sent: K/V blocks of this rank, per step (the first is local).
+        gradient_blocks_received, gradient_blocks_sent: dK/dV blocks in the backward, per step.
+        remote_blocks: K/V blocks that other ranks hold.
+        block_size: tokens per block.
+        batch_groups: batch elements that the mask distinguishes.
+    """
+
+    work: tuple[int, ...]
+    blocks_received: tuple[int, ...]
+    blocks_sent: tuple[int, ...]
+    gradient_blocks_received: tuple[int, ...]
+    gradient_blocks_sent: tuple[int, ...]
+    remote_blocks: int
+    block_size: int
+    batch_groups: int
+
+    @property
+    def skipped(self) -> float:
+        """Share of the other ranks' K/V that never comes to this rank, 0 to 1."""
+        if not self.remote_blocks:
+            return 0.0
+        return 1 - sum(self.blocks_received) / self.remote_blocks
+
+    @property
+    def imbalance(self) -> float:
+        """Work of the slowest rank over the mean; 1 is perfect."""
+        return max(self.work) * len(self.work) / max(1, sum(self.work))
+
+    def bytes_received(self, **shape: Any) -> int:
+        """Bytes that come to this rank; arguments as `bytes_sent`."""
+        return self._bytes(self.blocks_received, self.gradient_blocks_received, **shape)
+
+    def bytes_sent(self, **shape: Any) -> int:
+        """Bytes that leave this rank in one attention layer.
+
+        Args (keywords):
+            batch, kv_heads, head_dim: of the K tensor.
+            v_head_dim: of the V tensor.
+            dtype: of K and V.
+            backward: count the backward as well: K/V again, and dK/dV in the compute dtype.
+        """
+        return self._bytes(self.blocks_sent, self.gradient_blocks_sent, **shape)
+
+    def _bytes(
+        self,
+        kv_blocks: tuple[int, ...],
+        gradient_blocks: tuple[int, ...],
+        *,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        v_head_dim: int,
+        dtype: torch.dtype,
+        backward: bool = False,
+    ) -> int:
+        elements = self.block_size * kv_heads * (head_dim + v_head_dim) * batch // self.batch_groups
+        total = sum(kv_blocks) * dtype.itemsize * (2 if backward else 1)
+        if backward:
+            total += sum(gradient_blocks) * max(4, dtype.itemsize)
+        return total * elements
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan:
+    """One rank's part of attention over a sharded sequence.
+
+    Attributes:
+        rank, world_size: within the plan's group.
+        layout: who holds which blocks.
+        strategy: "ring", "direct" or "all_gather".
+        rows: block mask of this rank's queries against the whole sequence.
+        steps: the local step, then one per arrival.
+        needed: bool `[W, batch groups, blocks]`: which K/V blocks each rank's queries see.
+        stats: what it computes and moves.
+        comm: the communicator; None in plans made without a process group.
+    """
+
+    rank: int
+    world_size: int
+    layout: Layout
+    strategy: str
+    rows: BlockMask
+    steps: tuple[Step, ...]
+    needed: Array
+    stats: PlanStats
+    comm: Communicator | None = field(default=None, repr=False)
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def seq_len(self) -> int:
+        """True tokens of the whole sequence."""
+        return self.layout.seq_len
+
+    @property
+    def local_len(self) -> int:
+        """Token slots on this rank, padding included; the same on every rank."""
+        return self.layout.local_len
+
+    @property
+    def positions(self) -> Tensor:
+        """Global position of each local slot, int64 `[local_len]`, CPU; for RoPE and the like."""
+        return torch.from_numpy(self.layout.positions_of(self.rank))
+
+    @property
+    def valid(self) -> Tensor:
+        """bool `[local_len]`, CPU; False where a slot is padding."""
+        return self.positions < self.seq_len
+
+    def shard(self, x: Tensor, dim: int, fill: float = 0) -> Tensor:
+        """This rank's slots of a tensor that holds the whole sequence; differentiable.
+
+        Args:
+            x: `seq_len` long in `dim`.
+            dim: the sequence dimension.
+            fill: what padding slots get.
+
+        Returns:
+            `x` with `local_len` slots in `dim`.
+
+        Raises:
+            ValueError: another length.
+        """
+        if not -x.ndim <= dim < x.ndim or x.shape[dim] != self.seq_len:
+            raise ValueError(
+                f"shard(x, dim={dim}) wants the whole sequence, {self.seq_len} tokens in that "
+                f"dimension; got shape {tuple(x.shape)}"
+            )
+        positions, valid = self.positions.to(x.device), self.valid.to(x.device)
+        local = x.index_select(dim, positions.clamp(max=self.seq_len - 1))
+        if bool((self.positions < self.seq_len).all()):
+            return local
+        shape = [1] * x.ndim
+        shape[dim] = -1
+        return local.masked_fill(~valid.view(shape), fill)
+
+    def unshard(self, x: Tensor, dim: int) -> Tensor:
+        """The whole sequence from every rank's slots; a collective, differentiable.
+
+        The gradient of a rank's slots is the sum over ranks of the gradients of the whole.
+
+        Args:
+            x: `local_len` slots in `dim`, the same shape on every rank.
+            dim: the sequence dimension.
+
+        Returns:
+            `x` with `seq_len` tokens in `dim`, on every rank.
+
+        Raises:
+            ValueError: another length, or a plan of several ranks without a process group.
+        """
+        from ringflex.parallel.autograd import unshard
+
+        if not -x.ndim <= dim < x.ndim or x.shape[dim] != self.local_len:
+            raise ValueError(
+                f"unshard(x, dim={dim}) wants this rank's {self.local_len} slots in that "
+                f"dimension; got shape {tuple(x.shape)}"
+            )
+        return unshard(self, x, dim % x.ndim)
+
+    def describe(self) -> str:
+        """What this rank holds, computes and moves, as text."""
+        s = self.stats
+        lines = [
+            f"rank {self.rank} of {self.world_size}: {self.seq_len} tokens, layout "
+            f"{self.layout.name}, strategy {self.strategy}, blocks of {self.layout.block_size}",
+            f"work {s.work[self.rank]} visible blocks, slowest rank {s.imbalance:.2f}x the mean; "
+            f"{s.skipped:.1%} of remote K/V never received",
+        ]
+        for i, step in enumerate(self.steps):
+            blocks = step.mask.visible_blocks if step.mask else 0
+            moves = ", ".join(
+                f"{t.count} {verb} {t.peer}"
+                for verb, transfers in (("from", step.receives), ("to", step.sends))
+                for t in transfers
+            )
+            lines.append(f"step {i}: computes {blocks} blocks" + (f"; K/V {moves}" * bool(moves)))
+        return "\n".join(lines)
+
+    def plot(self, path: str) -> None:
+        """Saves a picture of the plan: the mask by owner, the work, who sends to whom.
+
+        Needs matplotlib (`pip install ringflex[plots]`).
+        """
+        from ringflex.parallel.picture import plot_plan
+
+        plot_plan(self, path)
+
+
+def stats_of(
+    layout: Layout, rank: int, steps: tuple[Step, ...], work: list[int], batch_groups: int
+) -> PlanStats:
+    """The statistics of one rank's steps, given every rank's work in blocks."""
+
+    def counts(transfers: str) -> tuple[int, ...]:
+        return tuple(sum(t.count for t in getattr(step, transfers)) for step in steps)
+
+    local = int((layout.blocks_of(rank) < layout.real_blocks).sum())
+    return PlanStats(
+        work=tuple(work),
+        blocks_received=counts("receives"),
+        blocks_sent=counts("sends"),
+        gradient_blocks_received=counts("collects"),
+        gradient_blocks_sent=counts("returns"),
+        remote_blocks=(layout.real_blocks - local) * batch_groups,
+        block_size=layout.block_size,
+        batch_groups=batch_groups,
+    )

@@ -1,0 +1,129 @@
+"""Named checks of what users pass, with the errors they read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringflex.masks.block_mask import BlockMask
+from ringflex.masks.trace import TracedMod
+from ringflex.parallel.plan import Plan
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_tensors(q: Any, k: Any, v: Any, *, enable_gqa: bool) -> None:
+    """q `[B, Hq, Sq, D]`, k `[B, Hkv, Skv, D]`, v `[B, Hkv, Skv, Dv]`: one dtype, one device."""
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if type(x) not in (Tensor, torch.nn.Parameter):
+            raise TypeError(
+                f"{name} must be a plain torch.Tensor, got {type(x).__name__} "
+                "(of a DTensor, pass `.to_local()` in the plan's layout)"
+            )
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [B, H, S, D], got shape {tuple(x.shape)}")
+        if 0 in x.shape:
+            raise ValueError(f"{name} has an empty dimension: shape {tuple(x.shape)}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be bf16, fp16, fp32 or fp64, got {x.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"query, key and value must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(
+            f"query, key and value must be on one device, got {q.device}, {k.device}, {v.device}"
+        )
+    shapes = f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"query, key and value must have one batch size, got {shapes}")
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ValueError(f"key and value must have the same heads and length, got {shapes}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"query and key must have the same head dim, got {shapes}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"query heads must be a multiple of key heads, got {shapes}")
+    if q.shape[1] != k.shape[1] and not enable_gqa:
+        raise ValueError(
+            f"query has {q.shape[1]} heads, key {k.shape[1]}: pass enable_gqa=True for grouped-query "
+            "attention"
+        )
+
+
+def check_mask_fits(mask: BlockMask, q: Tensor, k: Tensor) -> None:
+    """A one-device block mask against the tensors it is used with."""
+    if (q.shape[2], k.shape[2]) != (mask.q_len, mask.kv_len):
+        raise ValueError(
+            f"block_mask was made for Q_LEN={mask.q_len}, KV_LEN={mask.kv_len}; query and key have "
+            f"{q.shape[2]} and {k.shape[2]} tokens: make one for these lengths"
+        )
+    _check_axes(mask, q)
+
+
+def check_plan_fits(plan: Plan, q: Tensor, k: Tensor) -> None:
+    """A plan against this rank's shards."""
+    if not q.shape[2] == k.shape[2] == plan.local_len:
+        raise ValueError(
+            f"the plan holds {plan.local_len} slots of {plan.seq_len} tokens on each of "
+            f"{plan.world_size} ranks; query and key have {q.shape[2]} and {k.shape[2]} tokens: "
+            "pass this rank's shard, e.g. plan.shard(x, dim=2)"
+        )
+    if plan.world_size > 1 and plan.comm is None:
+        raise ValueError(
+            f"this plan of {plan.world_size} ranks was made without a process group (plan_all); "
+            "make it with rf.plan(..., group=...) on every rank"
+        )
+    if plan.comm is not None and plan.world_size > 1 and plan.comm.on_gpu != q.is_cuda:
+        where = "GPU" if plan.comm.on_gpu else "CPU"
+        raise ValueError(
+            f"the plan's process group moves {where} tensors, query is on {q.device}: "
+            "make the group with the backend of the tensors (NCCL for GPUs, gloo for CPUs)"
+        )
+    _check_axes(plan.rows, q)
+
+
+def _check_axes(mask: BlockMask, q: Tensor) -> None:
+    for axis, name, made_for, given in (
+        ("B", "b", mask.B, q.shape[0]),
+        ("H", "h", mask.H, q.shape[1]),
+    ):
+        depends = made_for > 1 or name in mask.mask.uses
+        if depends and made_for != given:
+            raise ValueError(
+                f"mask '{mask.mask.name}' depends on {name} and was made for {axis}={made_for}; "
+                f"query has shape {tuple(q.shape)}: make it with {axis}={given}"
+            )
+
+
+def check_score(score: TracedMod, q: Tensor) -> None:
+    """The captured tensors of a score mod are used where they are."""
+    for capture in score.captures:
+        if capture.device != q.device and capture.ndim > 0:
+            raise ValueError(
+                f"score_mod '{score.name}' captures a tensor of shape {tuple(capture.shape)} on "
+                f"{capture.device}, query is on {q.device}: move it there"
+            )
+
+
+def check_sinks(sinks: Any, q: Tensor) -> None:
+    """One logit per query head, on the query's device."""
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        raise TypeError("sinks must be a floating-point tensor [Hq]")
+    if sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks must be [Hq] = [{q.shape[1]}], got shape {tuple(sinks.shape)}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks are on {sinks.device}, query is on {q.device}")
+
+
+def resolve_scale(scale: Any, head_dim: int) -> float:
+    """1 / sqrt(D) by default."""
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    return float(scale)
