@@ -62,10 +62,11 @@ def flex_attention(
         backend: "auto" or "eager".
 
     Returns:
-        `out [B, Hq, Sq, Dv]` in the query's dtype; with `return_lse` also `lse [B, Hq, Sq]`, natural
-        log, fp32 (fp64 for fp64 inputs). A row that sees nothing has `out = 0`, `lse = -inf`. With
-        `return_aux`, `(out, AuxOutput)`. All are differentiable. With a plan, the gradients of
-        captured tensors and sinks are this rank's share: their sum over the group is the whole.
+        `out [B, Hq, Sq, Dv]` in the query's dtype; with `return_lse` also `lse [B, Hq, Sq]`,
+        natural log, fp32 (fp64 for fp64 inputs). A row that sees nothing has `out = 0` and
+        `lse = -inf`. With `return_aux`, `(out, AuxOutput)`. All are differentiable. With a plan,
+        the gradients of captured tensors and sinks are this rank's share: their sum over the group
+        is the whole.
 
     Raises:
         TypeError, ValueError, NotImplementedError: on every rank, before the first transfer.

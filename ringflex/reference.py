@@ -105,10 +105,11 @@ def reference_attention_with_gradients(
     if dlse is not None:
         loss = loss + (lse * dlse).masked_fill(lse == -torch.inf, 0).sum()
     wanted = [q, k, v, *captures] + ([] if s is None else [s])
-    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads, strict=True)]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
     dsinks = None if s is None else grads.pop()
-    return Reference(out.detach(), lse.detach(), *grads[:3], dsinks, tuple(grads[3:]))
+    dq, dk, dv, *dcaptures = grads
+    return Reference(out.detach(), lse.detach(), dq, dk, dv, dsinks, tuple(dcaptures))
 
 
 def _map(fn: Callable[..., Tensor], axes: list[Tensor], scores: Tensor | None = None) -> Tensor:

@@ -50,8 +50,8 @@ def check_tensors(q: Any, k: Any, v: Any, *, enable_gqa: bool) -> None:
         raise ValueError(f"query heads must be a multiple of key heads, got {shapes}")
     if q.shape[1] != k.shape[1] and not enable_gqa:
         raise ValueError(
-            f"query has {q.shape[1]} heads, key {k.shape[1]}: pass enable_gqa=True for grouped-query "
-            "attention"
+            f"query has {q.shape[1]} heads, key {k.shape[1]}: pass enable_gqa=True for "
+            "grouped-query attention"
         )
 
 

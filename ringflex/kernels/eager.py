@@ -178,7 +178,7 @@ class _Tiles:
         )
 
     def query_blocks(self, x: Tensor) -> Tensor:
-        """`[B, Hq, q_len, ...]` -> `[B, Hkv, G, q blocks, bq, ...]`, a view unless it must be padded."""
+        """`[B, Hq, q_len, ...]` -> `[B, Hkv, G, q blocks, bq, ...]`, a view unless padded."""
         x = _pad(x, self.mask.q_blocks * self.mask.block_size[0])
         return x.unflatten(2, (-1, self.mask.block_size[0])).unflatten(1, (-1, self.groups))
 

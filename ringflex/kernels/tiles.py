@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ringflex.masks.block_mask import BlockMask, Runs
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from ringflex.masks.block_mask import BlockMask
+from ringflex.masks.runs import Array, Runs, counting
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -71,13 +69,13 @@ def _chunks(
     mask: BlockMask, runs: Runs, partial: bool, batch: int, at_once: int, device: torch.device
 ) -> Iterator[Chunk]:
     _, column = runs.pairs()
-    per_row = np.zeros(runs.indptr.size - 1, dtype=np.int64)
+    per_row = np.zeros(runs.rows, dtype=np.int64)
     np.add.at(per_row, runs.row, runs.end - runs.start)
     first = np.cumsum(per_row) - per_row
     # Cut long rows into segments of `at_once` blocks.
     segments = -(-per_row // at_once)
     row = np.repeat(np.arange(per_row.size), segments)
-    segment = np.arange(row.size) - np.repeat(np.cumsum(segments) - segments, segments)
+    segment = counting(segments)
     offset = first[row] + segment * at_once
     count = np.minimum(per_row[row] - segment * at_once, at_once)
     order = np.lexsort((row, -count, segment))

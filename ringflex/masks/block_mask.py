@@ -2,9 +2,9 @@
 
 Per row (one block of queries, of one batch element and head if the mask depends on them) there are
 two lists of runs `[start, end)` of K/V blocks: *full* blocks, whose every element is visible, and
-*partial* blocks, in which the mask must be asked. Lists are CSR arrays on the host: a causal mask of
-8,192 rows is two runs a row. Blocks know their global starts, so a sequence may be cut into chunks
-and dealt out in any order while the mask still sees global indices.
+*partial* blocks, in which the mask must be asked. Lists are CSR arrays on the host: a causal mask
+of 8,192 rows is two runs a row. Blocks know their global starts, so a sequence may be cut into
+chunks and dealt out in any order while the mask still sees global indices.
 """
 
 from __future__ import annotations
@@ -16,99 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ringflex.masks.runs import Array, Runs
 from ringflex.masks.trace import TracedMod
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class Runs:
-    """CSR lists of runs: row `r` has runs `indptr[r]:indptr[r + 1]`, sorted and disjoint.
-
-    Attributes:
-        indptr: int64 `[rows + 1]`.
-        start, end: int64 `[runs]`, in blocks; `end` is exclusive.
-    """
-
-    indptr: Array
-    start: Array
-    end: Array
-
-    @classmethod
-    def from_pieces(cls, row: Array, start: Array, end: Array, rows: int) -> Runs:
-        """Sorts disjoint pieces by row, drops empty ones and joins those that touch."""
-        keep = end > start
-        row, start, end = row[keep], start[keep], end[keep]
-        order = np.lexsort((start, row))
-        row, start, end = row[order], start[order], end[order]
-        first = np.ones(row.size, dtype=bool)
-        first[1:] = (row[1:] != row[:-1]) | (start[1:] != end[:-1])
-        last = np.ones(row.size, dtype=bool)
-        last[:-1] = first[1:]
-        indptr = np.zeros(rows + 1, dtype=np.int64)
-        np.cumsum(np.bincount(row[first], minlength=rows), out=indptr[1:])
-        return cls(indptr, start[first], end[last])
-
-    @property
-    def row(self) -> Array:
-        """int64 `[runs]`: the row of each run."""
-        return np.repeat(np.arange(self.indptr.size - 1), np.diff(self.indptr))
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks in all runs."""
-        return int((self.end - self.start).sum())
-
-    def pairs(self) -> tuple[Array, Array]:
-        """Every (row, column) of every run, in order: int64 `[blocks]` each."""
-        length = self.end - self.start
-        offset = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
-        return np.repeat(self.row, length), np.repeat(self.start, length) + offset
-
-    def transpose(self, rows_per_group: int, columns: int) -> Runs:
-        """The same blocks by column: runs of rows. Groups (batch, head) stay apart.
-
-        Row `group * rows_per_group + r` that lists column `c` becomes row `group * columns + c`
-        that lists `r`. A column's run begins where a row has it and the row before has not, and
-        ends where that turns round; only these events are expanded, never all blocks.
-        """
-        rows = self.indptr.size - 1
-        row = self.row
-        # Per row: +1 from `start`, -1 from `end`; the row before, negated, gives the difference.
-        follows = (row + 1) % rows_per_group != 0
-        at_row = np.concatenate([row, row, row[follows] + 1, row[follows] + 1])
-        at = np.concatenate([self.start, self.end, self.start[follows], self.end[follows]])
-        ones = np.ones(row.size, dtype=np.int64)
-        less = -ones[follows]
-        change = np.concatenate([ones, -ones, less, -less])
-        order = np.lexsort((at, at_row))
-        at_row, at, level = at_row[order], at[order], np.cumsum(change[order])
-        segment = np.flatnonzero(
-            (level[:-1] != 0) & (at_row[:-1] == at_row[1:]) & (at[:-1] < at[1:])
-        )
-        width = at[segment + 1] - at[segment]
-        column = np.repeat(at[segment], width)
-        column += np.arange(width.sum()) - np.repeat(np.cumsum(width) - width, width)
-        event_row = np.repeat(at_row[segment], width)
-        begins = np.repeat(level[segment] > 0, width)
-        key = event_row // rows_per_group * columns + column
-        event = event_row % rows_per_group
-        starts = np.lexsort((event[begins], key[begins]))
-        # A run that is still open at the last row of its group ends there.
-        end_key, end_at = key[~begins], event[~begins]
-        last = (row + 1) % rows_per_group == 0
-        open_runs = Runs(np.array([0]), self.start[last], self.end[last])
-        open_width = open_runs.end - open_runs.start
-        open_column = np.repeat(open_runs.start, open_width)
-        open_column += np.arange(open_width.sum()) - np.repeat(
-            np.cumsum(open_width) - open_width, open_width
-        )
-        open_group = np.repeat(row[last] // rows_per_group, open_width)
-        end_key = np.concatenate([end_key, open_group * columns + open_column])
-        end_at = np.concatenate([end_at, np.full(open_column.size, rows_per_group)])
-        ends = np.lexsort((end_at, end_key))
-        total = rows // rows_per_group * columns
-        return Runs.from_pieces(key[begins][starts], event[begins][starts], end_at[ends], total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,8 +102,7 @@ class BlockMask:
         def select(runs: Runs) -> Runs:
             row = runs.row
             b = row // (self.H * self.q_blocks)
-            rows = runs.indptr.size - 1
-            return Runs.from_pieces(row, before[b, runs.start], before[b, runs.end], rows)
+            return Runs.from_pieces(row, before[b, runs.start], before[b, runs.end], runs.rows)
 
         return BlockMask(
             mask=self.mask,

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringflex.masks.block_mask import Array, BlockMask, Runs
+from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.bounds import ALL, NONE, UNDECIDED, MaskBounds, Rectangles
+from ringflex.masks.runs import Array, Runs, counting
 from ringflex.masks.trace import TracedMod, trace_mask
 
 _ELEMENTS_AT_ONCE = 1 << 20  # of mask evaluated together when blocks are settled exactly
@@ -153,7 +154,7 @@ class BlockMaskBuilder:
         bq, bk = self.block_size
         group, r0, r1, c0, c1 = full
         height = r1 - r0
-        inner = np.arange(height.sum()) - np.repeat(np.cumsum(height) - height, height)
+        inner = counting(height)
         row, start, end = (
             np.repeat(r0, height) + inner,
             np.repeat(c0, height),

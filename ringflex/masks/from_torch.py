@@ -6,8 +6,9 @@ import numpy as np
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask as TorchBlockMask
 
-from ringflex.masks.block_mask import Array, BlockMask, Runs
+from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.mods import full
+from ringflex.masks.runs import Array, Runs
 from ringflex.masks.trace import trace_mask
 
 

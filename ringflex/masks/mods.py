@@ -32,7 +32,7 @@ class MaskMod:
                 f"got {type(fn).__name__}"
             )
         self.fn = fn
-        self.name = name or getattr(fn, "__name__", type(fn).__name__)
+        self.name = name or str(getattr(fn, "__name__", type(fn).__name__))
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self.fn(b, h, q_idx, kv_idx)
@@ -206,7 +206,9 @@ def softcap(cap: float) -> ScoreFunction:
 
 
 def relative_position(bias: Tensor) -> ScoreFunction:
-    """Adds `bias[h, clamp(q_idx - kv_idx, -R, R) + R]`, a learned bias per distance (Shaw et al., 2018).
+    """Adds a learned bias per distance, `bias[h, clamp(q_idx - kv_idx, -R, R) + R]`.
+
+    Shaw et al., "Self-Attention with Relative Position Representations", 2018.
 
     Args:
         bias: `[Hq, 2 R + 1]`, floating point; may require a gradient.

@@ -113,9 +113,11 @@ class TracedMod:
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         if node.target is _INDEX:
-            return _read(*args)
+            table, indices = args  # type: ignore[misc]
+            return _read(table, indices)  # type: ignore[arg-type]
         if "device" in kwargs:  # a constant made inside the mod lives where the indices live
             kwargs = {**kwargs, "device": next(iter(values.values())).device}
+        assert callable(node.target)
         result = node.target(*args, **kwargs)
         traced = node.meta.get("val")
         if varies and isinstance(traced, Tensor) and result.dtype != traced.dtype:
@@ -190,7 +192,7 @@ def _trace(
     example: list[Tensor],
     dtypes: tuple[torch.dtype, ...],
 ) -> TracedMod:
-    name = getattr(fn, "name", None) or getattr(fn, "__name__", type(fn).__name__)
+    name = str(getattr(fn, "name", None) or getattr(fn, "__name__", type(fn).__name__))
     _check_callable(fn, kind, names, name)
 
     def positional(*args: Tensor) -> Tensor:

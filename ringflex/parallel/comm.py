@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from ringflex.masks.runs import Array
+
 _RECORD = 512  # bytes that each rank contributes to an agreement
 _DIGEST = 16
 _HEAD = 1 + 8 + _DIGEST  # error flag, count, digest; the rest is text
@@ -133,7 +134,7 @@ def communicator(group: Any) -> Communicator | None:
     """
     if group is None:
         return (
-            Communicator(dist.group.WORLD)
+            Communicator(dist.distributed_c10d._get_default_group())
             if dist.is_available() and dist.is_initialized()
             else None
         )

@@ -8,18 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ringflex.masks.block_mask import BlockMask
+from ringflex.masks.runs import Array
 from ringflex.parallel.layout import Layout
 from ringflex.parallel.steps import Step
 
 if TYPE_CHECKING:
     from ringflex.parallel.comm import Communicator
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Makes plans: for this rank of a process group, for all ranks of an imagined one, for one device."""
+"""Makes plans: for this rank of a process group, for all ranks of none, for one device."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.builder import BlockMaskBuilder
+from ringflex.masks.runs import Array
 from ringflex.masks.trace import trace_mask
 from ringflex.parallel.comm import Communicator, communicator
 from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
 from ringflex.parallel.plan import Plan, stats_of
 from ringflex.parallel.steps import STRATEGIES, Step, build_steps, received_blocks
 
-Array = np.ndarray[Any, np.dtype[Any]]
 MaskFunction = Callable[..., Tensor]
 
 _EVEN_ENOUGH = 1.05  # layouts whose slowest rank is within this of the best are equals
@@ -69,10 +69,28 @@ class _Request:
 
 
 @overload
-def plan(mask_mod: MaskFunction, seq_len: int, group: Any = None, **options: Any) -> Plan: ...
+def plan(
+    mask_mod: MaskFunction,
+    seq_len: int,
+    group: Any = None,
+    *,
+    B: int | None = None,
+    H: int | None = None,
+    layout: str | Layout = "auto",
+    strategy: str = "auto",
+    block_size: int = 128,
+) -> Plan: ...
 @overload
 def plan(
-    mask_mod: Mapping[str, MaskFunction], seq_len: int, group: Any = None, **options: Any
+    mask_mod: Mapping[str, MaskFunction],
+    seq_len: int,
+    group: Any = None,
+    *,
+    B: int | None = None,
+    H: int | None = None,
+    layout: str | Layout = "auto",
+    strategy: str = "auto",
+    block_size: int = 128,
 ) -> dict[str, Plan]: ...
 def plan(
     mask_mod: MaskFunction | Mapping[str, MaskFunction],
@@ -318,9 +336,9 @@ def _needs(
 
 def _best_layout(layouts: list[Layout], known: list[list[tuple[Array, Array]]]) -> int:
     """Index of the layout with the least work on the slowest rank, then the fewest blocks moved."""
-    slowest = [sum(work for _, work in masks).max() for masks in known]
+    slowest = [np.sum([work for _, work in masks], axis=0).max() for masks in known]
     moved = [
-        sum(received_blocks("direct", layout, needed) for needed, _ in masks).max()
+        np.sum([received_blocks("direct", layout, needed) for needed, _ in masks], axis=0).max()
         for layout, masks in zip(layouts, known, strict=True)
     ]
     even = [i for i, w in enumerate(slowest) if w <= _EVEN_ENOUGH * min(slowest)]

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ringflex.masks.block_mask import BlockMask
+from ringflex.masks.runs import Array
 from ringflex.parallel.layout import Layout
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +94,7 @@ class _Planner:
 
     def reads(self) -> Array:
         """bool `[W, W]`: whether the rank at `distance` after `owner` needs a block of it."""
-        needs = self.needed.any(axis=1)  # [W, blocks]
+        needs: Array = np.asarray(self.needed.any(axis=1))  # [W, blocks]
         at = np.zeros((self.world, self.world), dtype=bool)
         for reader in range(self.world):
             owners = self.layout.owner[needs[reader]]
@@ -108,7 +106,7 @@ class _Planner:
         W, rank = self.world, self.rank
         arrivals = ARRIVALS[strategy]
         wanted = {d: arrivals(self, rank, d) for d in distances}
-        arriving = np.logical_or.reduce(list(wanted.values()))
+        arriving: Array = np.asarray(np.stack(list(wanted.values())).any(axis=0))
         place = np.cumsum(arriving, axis=1) - 1  # global block -> position in this buffer
         home = np.broadcast_to(self.local, arriving.shape)
         ring = strategy == "ring"

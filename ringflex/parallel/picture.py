@@ -1,0 +1,101 @@
+"""A picture of a plan: the mask coloured by who holds the keys, the work, who sends to whom."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ringflex.masks.bounds import ALL, NONE, MaskBounds, Rectangles
+
+if TYPE_CHECKING:
+    from ringflex.parallel.plan import Plan
+
+_CELLS = 128  # of the mask's picture, per side
+
+
+def plot_plan(plan: Plan, path: str) -> None:
+    """Saves the picture to `path`; the ending chooses the format."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot() needs matplotlib: pip install ringflex[plots]") from error
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    mask_axes, work_axes, sends_axes = figure.subplots(1, 3, width_ratios=[1.25, 1, 1.1])
+    colours = _colours(plan.world_size)
+    _draw_mask(plan, mask_axes, colours)
+    _draw_work(plan, work_axes, colours)
+    _draw_sends(plan, sends_axes, figure)
+    figure.suptitle(
+        f"{plan.rows.mask.name}: {plan.seq_len:,} tokens on {plan.world_size} ranks, "
+        f"{plan.layout.name} layout, {plan.strategy}"
+    )
+    figure.savefig(path, dpi=130)
+
+
+def _colours(ranks: int) -> Any:
+    """RGB `[ranks, 3]`: Okabe and Ito's colour-blind safe palette, a ramp beyond eight ranks."""
+    names = ["0072B2", "E69F00", "009E73", "CC79A7", "56B4E9", "D55E00", "F0E442", "000000"]
+    if ranks <= len(names):
+        rgb = [[int(name[i : i + 2], 16) / 255 for i in (0, 2, 4)] for name in names[:ranks]]
+        return np.array(rgb)
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](np.linspace(0, 1, ranks))[:, :3]
+
+
+def _draw_mask(plan: Plan, axes: Any, colours: Any) -> None:
+    layout = plan.layout
+    cells = min(_CELLS, layout.real_blocks)
+    edges = np.arange(cells + 1) * layout.real_blocks // cells * layout.block_size
+    edges = np.minimum(edges, plan.seq_len)
+    y, x = (a.reshape(-1) for a in np.meshgrid(np.arange(cells), np.arange(cells), indexing="ij"))
+    zero = np.zeros_like(y)
+    rectangles = Rectangles(zero, zero, edges[y], edges[y + 1] - 1, edges[x], edges[x + 1] - 1)
+    code = MaskBounds(plan.rows.mask).classify(rectangles)
+    ink = np.select([code == ALL, code == NONE], [1.0, 0.0], 0.55)[:, None]
+    owner = layout.owner[edges[x] // layout.block_size]
+    image = (ink * colours[owner] + (1 - ink)).reshape(cells, cells, 3)
+    axes.imshow(image, extent=(0, plan.seq_len, plan.seq_len, 0), interpolation="nearest")
+    axes.set_title("who holds the keys that are seen\n(pale: partly seen)", fontsize=10)
+    axes.set_xlabel("key position (tokens)")
+    axes.set_ylabel("query position (tokens)")
+
+
+def _draw_work(plan: Plan, axes: Any, colours: Any) -> None:
+    work = np.array(plan.stats.work)
+    axes.bar(np.arange(work.size), work, color=colours)
+    axes.axhline(work.mean(), color="0.3", linestyle="--", linewidth=1, label="mean")
+    axes.set_title(f"work: slowest {plan.stats.imbalance:.2f}x the mean", fontsize=10)
+    axes.set_xlabel("rank")
+    axes.set_ylabel("visible blocks")
+    axes.legend(loc="lower right", fontsize=8)
+    _rank_ticks(axes.xaxis, work.size)
+
+
+def _draw_sends(plan: Plan, axes: Any, figure: Any) -> None:
+    W, layout = plan.world_size, plan.layout
+    needs = plan.needed.sum(axis=1)  # [reader, blocks]
+    blocks = np.stack([needs[:, layout.owner == owner].sum(axis=1) for owner in range(W)], axis=1)
+    np.fill_diagonal(blocks, 0)
+    image = axes.imshow(blocks, cmap="cividis", vmin=0)
+    figure.colorbar(image, ax=axes, label="K/V blocks", shrink=0.8)
+    if W <= 8:
+        for reader, owner in np.ndindex(W, W):
+            bright = blocks[reader, owner] > blocks.max() / 2
+            text = "-" if reader == owner else str(blocks[reader, owner])
+            axes.text(
+                owner, reader, text, ha="center", va="center", fontsize=8,
+                color="black" if bright else "white",
+            )  # fmt: skip
+    axes.set_title("remote K/V that queries see", fontsize=10)
+    axes.set_xlabel("rank that holds it")
+    axes.set_ylabel("rank that needs it")
+    _rank_ticks(axes.xaxis, W)
+    _rank_ticks(axes.yaxis, W)
+
+
+def _rank_ticks(axis: Any, ranks: int) -> None:
+    axis.set_ticks(np.arange(0, ranks, max(1, ranks // 8)))
