@@ -30,7 +30,8 @@ from ringflex.kernels.tiles import Chunk, chunks_of
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.trace import TracedMod
 
-_SCORES_IN_FLIGHT = {"cpu": 1 << 21, "cuda": 1 << 26}
+_SCORES_IN_FLIGHT = {"cpu": 1 << 20, "cuda": 1 << 26}
+_ELEMENTS_KEPT = 1 << 26  # of a mask evaluated in partial blocks, one byte each
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -113,7 +114,7 @@ def backward(
         lse_c = tiles.read_queries(lse_, chunk)
         s, pull_back = tiles.scores(chunk, q_c, k_c, dcaptures)
         # A row that sees nothing has lse = -inf; exp(s - inf) = 0 for all its scores.
-        p = (s - lse_c.masked_fill(lse_c == -torch.inf, torch.inf)[..., None]).exp_()
+        p = s.sub_(lse_c.masked_fill(lse_c == -torch.inf, torch.inf)[..., None]).exp_()
         ds = (dout_c @ tiles.read_keys(tiles.v, chunk).mT).view_as(p)
         ds = ds.sub_(tiles.read_queries(delta_, chunk)[..., None]).mul_(p)
         tiles.add_keys(dv_, chunk, tiles.by_query(p).mT @ dout_c)
@@ -139,6 +140,11 @@ _PullBack = Callable[[Tensor], Tensor]
 
 def _identity(ds: Tensor) -> Tensor:
     return ds
+
+
+def _hide(s: Tensor, hidden: Tensor | None) -> Tensor:
+    """A copy of `s` with -inf where hidden (what a mod returned may be its own tensor)."""
+    return s.clone() if hidden is None else s.masked_fill(hidden, -torch.inf)
 
 
 def _pad(x: Tensor, length: int) -> Tensor:
@@ -236,40 +242,28 @@ class _Tiles:
     def scores(
         self, chunk: Chunk, q: Tensor, k: Tensor, dcaptures: Sequence[Tensor | None] | None = None
     ) -> tuple[Tensor, _PullBack]:
-        """Scores `[R, X, bq, L * bk]`, -inf where masked, and the way back through score_mod."""
+        """Scores `[R, X, bq, L * bk]`, -inf where masked, for the caller to overwrite; and the way
+        back through score_mod."""
         shape = (*q.shape[:-1], k.shape[1])
         q = self.by_query(q.to(self.dtype))
         s = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=self.scale).view(shape)
-        b = chunk.b.view(-1, 1, 1, 1, 1)
-        if chunk.head is None:
-            h = torch.arange(self.heads, device=s.device).view(1, -1, self.groups, 1, 1)
-        else:
-            h = chunk.head.view(-1, 1, 1, 1, 1)
-        q_idx, kv_idx = chunk.q_idx[:, None, None, :, None], chunk.kv_idx[:, None, None, None, :]
-        inside = None
-        if chunk.partial:  # blocks that reach into padding are partial, too
-            inside = (q_idx < self.mask.q_limit) & (kv_idx < self.mask.kv_limit)
-            q_idx = q_idx.clamp(max=self.mask.q_limit - 1)
-            kv_idx = kv_idx.clamp(max=self.mask.kv_limit - 1)
-            inside = inside & self.mod.evaluate(b, h, q_idx, kv_idx)
-        if chunk.counts is not None:
-            slot = torch.arange(chunk.kv_idx.shape[1], device=s.device)
-            filled = slot < chunk.counts.view(-1, 1, 1, 1, 1) * self.mask.block_size[1]
-            inside = filled if inside is None else inside & filled
-        hidden = None if inside is None else ~inside
+        hidden = self._hidden(chunk)
         if self.score is None:
             return (s if hidden is None else s.masked_fill_(hidden, -torch.inf)), _identity
+        b, h, q_idx, kv_idx = self._indices(chunk)
+        q_idx = q_idx.clamp(max=self.mask.q_limit - 1)  # what is beyond is hidden
+        kv_idx = kv_idx.clamp(max=self.mask.kv_limit - 1)
         if dcaptures is None:
-            s = self.score.evaluate(b, h, q_idx, kv_idx, s).expand(shape)
-            # Out of place: what the mod returned may be the mod's own tensor.
-            return (s * 1 if hidden is None else s.masked_fill(hidden, -torch.inf)), _identity
+            modified = self.score.evaluate(b, h, q_idx, kv_idx, s)
+            return _hide(modified.to(self.dtype).expand(shape), hidden), _identity
         leaf = s.requires_grad_()
         captures = [
             c.detach().requires_grad_(into is not None)
             for c, into in zip(self.score.captures, dcaptures, strict=True)
         ]
         with torch.enable_grad():
-            modified = self.score.evaluate(b, h, q_idx, kv_idx, leaf, captures).expand(shape)
+            modified = self.score.evaluate(b, h, q_idx, kv_idx, leaf, captures)
+            modified = modified.to(self.dtype).expand(shape)
 
         def pull_back(ds: Tensor) -> Tensor:
             wanted = [c for c in captures if c.requires_grad]
@@ -283,5 +277,44 @@ class _Tiles:
             result = torch.zeros_like(ds) if grads[0] is None else grads[0]
             return result if hidden is None else result.masked_fill(hidden, 0)
 
-        s = modified.detach()
-        return (s if hidden is None else s.masked_fill(hidden, -torch.inf)), pull_back
+        return _hide(modified.detach(), hidden), pull_back
+
+    def _indices(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """b, h, and global q_idx and kv_idx, to broadcast to `[R, X, bq, L * bk]`."""
+        device = chunk.b.device
+        if chunk.head is None:
+            h = torch.arange(self.heads, device=device).view(1, -1, self.groups, 1, 1)
+        else:
+            h = chunk.head.view(-1, 1, 1, 1, 1)
+        bq, bk = (torch.arange(size, device=device) for size in self.mask.block_size)
+        q_idx = (chunk.q_start[:, None] + bq)[:, None, None, :, None]
+        kv_idx = (chunk.kv_start[:, :, None] + bk).flatten(1)[:, None, None, None, :]
+        return chunk.b.view(-1, 1, 1, 1, 1), h, q_idx, kv_idx
+
+    def _hidden(self, chunk: Chunk) -> Tensor | None:
+        """What the mask and the padding hide of a chunk's scores; None if nothing.
+
+        Kept on the block mask while that takes little memory: the backward, and the other layers
+        that use the mask, then need not ask the mod again.
+        """
+        mask, key = self.mask, ("hidden", chunk)
+        if key in mask.cache:
+            kept: Tensor | None = mask.cache[key]
+            return kept
+        if not chunk.partial and chunk.counts is None:
+            return None
+        b, h, q_idx, kv_idx = self._indices(chunk)
+        inside = None
+        if chunk.partial:  # blocks that reach into padding are partial, too
+            inside = (q_idx < mask.q_limit) & (kv_idx < mask.kv_limit)
+            q_idx, kv_idx = q_idx.clamp(max=mask.q_limit - 1), kv_idx.clamp(max=mask.kv_limit - 1)
+            inside = inside & self.mod.evaluate(b, h, q_idx, kv_idx)
+        if chunk.counts is not None:
+            slot = torch.arange(kv_idx.shape[-1], device=kv_idx.device)
+            filled = slot < chunk.counts.view(-1, 1, 1, 1, 1) * mask.block_size[1]
+            inside = filled if inside is None else inside & filled
+        assert inside is not None
+        hidden = ~inside
+        if mask.partial.blocks * mask.block_size[0] * mask.block_size[1] <= _ELEMENTS_KEPT:
+            mask.cache[key] = hidden
+        return hidden

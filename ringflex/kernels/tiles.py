@@ -29,8 +29,8 @@ class Chunk:
         row: query block, int64 `[R]`.
         blocks: K/V blocks, int64 `[R, L]`; the list's end is filled up with block 0.
         counts: true number of blocks, int64 `[R]`; None if all have `L`.
-        q_idx: global positions of the queries, int64 `[R, bq]`.
-        kv_idx: global positions of the keys, int64 `[R, L * bk]`.
+        q_start: global position of each query block, int64 `[R]`.
+        kv_start: global position of each K/V block, int64 `[R, L]`.
         partial: whether the mask must be asked.
     """
 
@@ -39,8 +39,8 @@ class Chunk:
     row: Tensor
     blocks: Tensor
     counts: Tensor | None
-    q_idx: Tensor
-    kv_idx: Tensor
+    q_start: Tensor
+    kv_start: Tensor
     partial: bool
 
 
@@ -97,15 +97,14 @@ def _chunks(
         blocks = np.where(inside, column[np.where(inside, offset[begin:end, None] + slot, 0)], 0)
         rows, batch_of = q_block[begin:end], b[begin:end]
         starts = mask.kv_starts[batch_of[:, None] % mask.kv_starts.shape[0], blocks]
-        kv_idx = (starts[:, :, None] + np.arange(mask.block_size[1])).reshape(end - begin, -1)
         yield Chunk(
             b=tensor(batch_of),
             head=None if head is None else tensor(head[begin:end]),
             row=tensor(rows),
             blocks=tensor(blocks),
             counts=None if inside.all() else tensor(count[begin:end]),
-            q_idx=tensor(mask.q_starts[rows][:, None] + np.arange(mask.block_size[0])),
-            kv_idx=tensor(kv_idx),
+            q_start=tensor(mask.q_starts[rows]),
+            kv_start=tensor(starts),
             partial=partial,
         )
 

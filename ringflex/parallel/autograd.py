@@ -35,6 +35,7 @@ class Attention(torch.autograd.Function):
         sinks: Tensor | None,
         *captures: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        q, k, v = (_zero_padding(plan, x) for x in (q, k, v))
         dtype = kernel.compute_dtype(q.dtype)
         out = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
         lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
@@ -50,6 +51,7 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
         q, k, v, sinks, out, lse = ctx.saved_tensors
+        dout, dlse = (_zero_padding(ctx.plan, x) for x in (dout, dlse))
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - dlse
         score: TracedMod | None = ctx.score
         captures = () if score is None else score.captures
@@ -66,6 +68,19 @@ class Attention(torch.autograd.Function):
             dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
         grads = (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks)
         return (None, None, None, None, *grads, *dcaptures)
+
+
+def _zero_padding(plan: Plan, x: Tensor) -> Tensor:
+    """`x [B, H, local_len, ...]` with padding slots zero: what they hold may be NaN, and a weight
+    of zero would not keep it out of a sum."""
+    if plan.world_size == 1 and plan.seq_len == x.shape[2]:
+        return x
+    if x.device not in plan.cache:
+        plan.cache[x.device] = None if plan.valid.all() else (~plan.valid).to(x.device)
+    padding: Tensor | None = plan.cache[x.device]
+    if padding is None:
+        return x
+    return x.masked_fill(padding.view(1, 1, -1, *[1] * (x.ndim - 3)), 0)
 
 
 class _Unshard(torch.autograd.Function):
