@@ -1,0 +1,40 @@
+"""What every test gets: a seed, few threads, the shared rank pool, a skip for want of GPUs."""
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from rank_pool import RankPool
+
+# A shared machine may be slow at any moment, and a failure must be seen again on the next run.
+hypothesis.settings.register_profile("ringflex", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ringflex")
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    marker = item.get_closest_marker("gpu")
+    if marker is None:
+        return
+    wanted = marker.kwargs.get("count", marker.args[0] if marker.args else 1)
+    found = torch.cuda.device_count()
+    if found < wanted:
+        pytest.skip(f"needs {wanted} CUDA GPU(s), found {found}")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """The eight gloo ranks that all multi-rank tests share; they start at the first use."""
+    with RankPool(8) as ranks:
+        yield ranks
