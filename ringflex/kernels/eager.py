@@ -110,7 +110,7 @@ def backward(
     dk_, dv_ = tiles.key_blocks(dk), tiles.key_blocks(dv)
     for chunk in tiles.chunks:
         q_c, k_c = tiles.read_queries(tiles.q, chunk), tiles.read_keys(tiles.k, chunk)
-        dout_c = tiles.by_query(tiles.read_queries(dout_, chunk).to(tiles.dtype))
+        dout_c = tiles.by_query(tiles.read_queries(dout_, chunk))
         lse_c = tiles.read_queries(lse_, chunk)
         s, pull_back = tiles.scores(chunk, q_c, k_c, dcaptures)
         # A row that sees nothing has lse = -inf; exp(s - inf) = 0 for all its scores.
@@ -200,11 +200,11 @@ class _Tiles:
             x.copy_(blocks.flatten(2, 3)[:, :, : x.shape[2]])
 
     def read_queries(self, x: Tensor, chunk: Chunk) -> Tensor:
-        """`[R, X, bq, ...]`"""
+        """`[R, X, bq, ...]` in the compute dtype."""
         if chunk.head is None:
-            return x[chunk.b, :, :, chunk.row]
+            return x[chunk.b, :, :, chunk.row].to(self.dtype)
         kv_head, member = chunk.head // self.groups, chunk.head % self.groups
-        return x[chunk.b, kv_head, member, chunk.row][:, None, None]
+        return x[chunk.b, kv_head, member, chunk.row][:, None, None].to(self.dtype)
 
     def write_queries(self, x: Tensor, chunk: Chunk, value: Tensor) -> None:
         if chunk.head is None:
@@ -245,7 +245,7 @@ class _Tiles:
         """Scores `[R, X, bq, L * bk]`, -inf where masked, for the caller to overwrite; and the way
         back through score_mod."""
         shape = (*q.shape[:-1], k.shape[1])
-        q = self.by_query(q.to(self.dtype))
+        q = self.by_query(q)
         s = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=self.scale).view(shape)
         hidden = self._hidden(chunk)
         if self.score is None:
