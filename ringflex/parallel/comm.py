@@ -133,11 +133,9 @@ def communicator(group: Any) -> Communicator | None:
             this rank.
     """
     if group is None:
-        return (
-            Communicator(dist.distributed_c10d._get_default_group())
-            if dist.is_available() and dist.is_initialized()
-            else None
-        )
+        if not dist.is_initialized():
+            return None
+        group = dist.group.WORLD
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
