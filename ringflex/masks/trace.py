@@ -283,6 +283,7 @@ def _lift_captures(module: fx.GraphModule) -> tuple[Tensor, ...]:
             captures.append(tensor)
             with graph.inserting_after(last):
                 last = graph.placeholder(f"capture{known}")
+            last.meta["val"] = tensor
             inputs.append(last)
         node.replace_all_uses_with(inputs[known])
         graph.erase_node(node)
