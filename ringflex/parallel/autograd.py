@@ -41,7 +41,8 @@ class Attention(torch.autograd.Function):
         lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
         if sinks is not None:
             lse.copy_(sinks.to(dtype)[None, :, None].expand_as(lse))
-        schedule.forward(plan, kernel, q, k, v, score, scale, (out, lse))
+        with torch.autocast(q.device.type, enabled=False):  # the kernel chooses its dtypes itself
+            schedule.forward(plan, kernel, q, k, v, score, scale, (out, lse))
         rounded = out.to(q.dtype)
         ctx.plan, ctx.kernel, ctx.score, ctx.scale = plan, kernel, score, scale
         # delta from a rounded out is off by a constant per row. That all but cancels in dq, dk and
@@ -62,9 +63,10 @@ class Attention(torch.autograd.Function):
             torch.zeros(c.shape, dtype=c.dtype, device=c.device) if wanted else None
             for c, wanted in zip(captures, ctx.needs_input_grad[8:], strict=True)
         ]
-        dq, dk, dv = schedule.backward(
-            ctx.plan, ctx.kernel, dout, q, k, v, lse, delta, score, ctx.scale, dcaptures
-        )
+        with torch.autocast(q.device.type, enabled=False):
+            dq, dk, dv = schedule.backward(
+                ctx.plan, ctx.kernel, dout, q, k, v, lse, delta, score, ctx.scale, dcaptures
+            )
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[7]:
             weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()

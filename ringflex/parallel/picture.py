@@ -80,7 +80,7 @@ def _draw_sends(plan: Plan, axes: Any, figure: Any) -> None:
     needs = plan.needed.sum(axis=1)  # [reader, blocks]
     blocks = np.stack([needs[:, layout.owner == owner].sum(axis=1) for owner in range(W)], axis=1)
     np.fill_diagonal(blocks, 0)
-    image = axes.imshow(blocks, cmap="cividis", vmin=0)
+    image = axes.imshow(blocks, cmap="cividis", vmin=0, vmax=max(1, blocks.max()))
     figure.colorbar(image, ax=axes, label="K/V blocks", shrink=0.8)
     if W <= 8:
         for reader, owner in np.ndindex(W, W):
