@@ -70,6 +70,7 @@ class Attention(torch.autograd.Function):
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[7]:
             weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()
+            weight = weight.masked_fill(lse == -torch.inf, 0)  # a sink of -inf, and nothing seen
             dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
         grads = (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks)
         return (None, None, None, None, *grads, *dcaptures)

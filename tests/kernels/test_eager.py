@@ -1,0 +1,71 @@
+"""What only the eager kernel promises; its results are compared in tests/test_attention.py."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import ringflex as rf
+from ringflex.kernels import eager
+from ringflex.kernels.select import select
+
+S = 200
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(1, 2, S, 16, dtype=dtype, requires_grad=True) for _ in range(3))
+
+
+def block_mask(mask: rf.MaskMod) -> rf.BlockMask:
+    return rf.create_block_mask(mask, None, None, S, S, BLOCK_SIZE=32)
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    tensors, mask = inputs(torch.bfloat16), block_mask(rf.causal())
+
+    def run() -> tuple[Tensor, ...]:
+        out, lse = rf.flex_attention(
+            *tensors, score_mod=rf.softcap(2.0), block_mask=mask, return_lse=True
+        )
+        return out, lse, *torch.autograd.grad(out, tensors, torch.ones_like(out))
+
+    plain = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = run()
+    for x, y in zip(plain, under_autocast, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_merges_into_a_running_result() -> None:
+    """Keys seen in two halves, the second merged into the first, are keys seen at once."""
+    q, k, v = (x.detach() for x in inputs(torch.float64))
+    whole = block_mask(rf.full())
+    halves = [
+        block_mask(rf.MaskMod(lambda b, h, q_idx, kv_idx: kv_idx < 77)),
+        block_mask(rf.MaskMod(lambda b, h, q_idx, kv_idx: kv_idx >= 77)),
+        block_mask(rf.MaskMod(lambda b, h, q_idx, kv_idx: kv_idx < 0)),
+    ]
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=q.dtype)
+    eager.forward(q, k, v, halves[2], None, 0.25, (out, lse))
+    assert (lse == -torch.inf).all()  # two empty partial results stay empty
+    assert (out == 0).all()
+    for half in halves:
+        eager.forward(q, k, v, half, None, 0.25, (out, lse))
+    expected = rf.flex_attention(q, k, v, block_mask=whole, scale=0.25, return_lse=True)
+    torch.testing.assert_close((out, lse), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_mask_serves_calls_of_other_shapes() -> None:
+    """What a kernel keeps on the block mask belongs to one batch size and head count."""
+    mask = block_mask(rf.causal() & rf.sliding_window(70))
+    for batch, heads in ((1, 2), (3, 4), (1, 2), (2, 1)):
+        q, k, v = (torch.randn(batch, heads, S, 8, dtype=torch.float64) for _ in range(3))
+        fresh = block_mask(rf.causal() & rf.sliding_window(70))
+        kept = rf.flex_attention(q, k, v, block_mask=mask)
+        assert torch.equal(kept, rf.flex_attention(q, k, v, block_mask=fresh))
+
+
+def test_select() -> None:
+    assert select("auto").kernel is eager
+    assert select("eager").name == "eager"
+    with pytest.raises(ValueError, match=r"backend='cuda' is not one of auto, eager"):
+        select("cuda")
