@@ -107,9 +107,9 @@ class MaskBounds:
         if rule is None:
             return unknown(dtype)
         compute = _compute_dtype(node, dtype)
-        args = [self._operand(arg, values, compute) for arg in node.args]
-        kwargs = {k: self._operand(arg, values, compute) for k, arg in node.kwargs.items()}
         try:
+            args = [self._operand(arg, values, compute) for arg in node.args]
+            kwargs = {k: self._operand(arg, values, compute) for k, arg in node.kwargs.items()}
             result = settle(rule(*args, **kwargs), dtype)
         except Undecidable:
             return unknown(dtype)
@@ -176,13 +176,15 @@ class _RangeTable:
     def query(self, rows: list[Array], index: Interval) -> Interval:
         if self.whole:
             return Interval(self.lo[-1].min(keepdims=True)[:1], self.hi[-1].max(keepdims=True)[:1])
-        first, last = np.broadcast_arrays(index.lo // self.granule, index.hi // self.granule)
+        first, last, *rows = np.broadcast_arrays(
+            index.lo // self.granule, index.hi // self.granule, *rows
+        )
         level = np.frexp((last - first + 1).astype(np.float64))[1] - 1
         lo = np.empty(first.shape, self.lo[0].dtype)
         hi = np.empty(first.shape, self.hi[0].dtype)
         for k in np.unique(level):
             at = level == k
-            place = tuple(np.broadcast_to(row, first.shape)[at] for row in rows)
+            place = tuple(row[at] for row in rows)
             left, right = first[at], last[at] - (1 << int(k)) + 1
             lo[at] = np.minimum(self.lo[k][(*place, left)], self.lo[k][(*place, right)])
             hi[at] = np.maximum(self.hi[k][(*place, left)], self.hi[k][(*place, right)])
@@ -197,17 +199,17 @@ def _to_numpy(tensor: torch.Tensor) -> Array:
     return tensor.numpy()
 
 
-def _compute_dtype(node: fx.Node, result: torch.dtype) -> torch.dtype | None:
-    """The floating-point dtype that an operation converts its operands to, if any."""
+def _compute_dtype(node: fx.Node, result: torch.dtype) -> torch.dtype:
+    """The dtype that an operation converts its operands to."""
     if result.is_floating_point:
         return result
     dtypes = [n.meta["val"].dtype for n in node.all_input_nodes]
-    floats = [dtype for dtype in dtypes if dtype.is_floating_point]
-    for dtype in floats[1:]:
-        floats[0] = torch.promote_types(floats[0], dtype)
-    if not floats and any(isinstance(arg, float) for arg in node.args):
+    common = dtypes[0]
+    for dtype in dtypes[1:]:
+        common = torch.promote_types(common, dtype)
+    if not common.is_floating_point and any(isinstance(arg, float) for arg in node.args):
         return torch.float32
-    return floats[0] if floats else None
+    return common
 
 
 def _wrap(index: Interval, size: int) -> Interval:

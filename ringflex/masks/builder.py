@@ -219,8 +219,10 @@ def create_block_mask(
             a size is not positive, or the mask depends on `b` or `h` and the size is missing.
     """
     block_size = BLOCK_SIZE if isinstance(BLOCK_SIZE, tuple) else (BLOCK_SIZE, BLOCK_SIZE)
-    sizes = {"B": B, "H": H, "Q_LEN": Q_LEN, "KV_LEN": KV_LEN, "BLOCK_SIZE": min(block_size)}
-    for name, value in sizes.items():
+    if len(block_size) != 2:
+        raise ValueError(f"BLOCK_SIZE must be an int or (queries, keys), got {BLOCK_SIZE!r}")
+    sizes = [("B", B), ("H", H), ("Q_LEN", Q_LEN), ("KV_LEN", KV_LEN)]
+    for name, value in (*sizes, ("BLOCK_SIZE", block_size[0]), ("BLOCK_SIZE", block_size[1])):
         if value is None and name in "BH":
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -19,7 +19,8 @@ def from_torch(block_mask: TorchBlockMask) -> BlockMask:
     says about padding beyond the true lengths open; blocks that reach there become partial.
 
     Raises:
-        ValueError: the block lists do not have the rows that the lengths need.
+        ValueError: the block lists do not have the rows that the lengths need, or list blocks that
+            the lengths do not have.
     """
     q_limit, kv_limit = block_mask.seq_lengths
     bq, bk = block_mask.BLOCK_SIZE
@@ -64,6 +65,12 @@ def _listed(counts: Tensor, indices: Tensor, kv_blocks: int) -> Array:
     index = indices.detach().cpu().numpy().reshape(count.size, -1)
     listed = np.zeros((count.size, kv_blocks), dtype=bool)
     row, slot = np.nonzero(np.arange(index.shape[1]) < count)
+    beyond = index[row, slot] >= kv_blocks
+    if beyond.any():
+        raise ValueError(
+            f"block_mask lists K/V block {index[row, slot][beyond][0]}, but its lengths have only "
+            f"{kv_blocks}"
+        )
     listed[row, index[row, slot]] = True
     return listed
 

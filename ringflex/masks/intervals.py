@@ -30,16 +30,27 @@ class Undecidable(Exception):
 
 def constant(value: bool | int | float, compute: torch.dtype | None = None) -> Interval:
     """A Python number: as written, or as it becomes when converted to `compute`."""
-    if compute is None or isinstance(value, bool):
+    if compute is None or compute == torch.bool or isinstance(value, bool):
         array = np.array([value])
         return Interval(array, array)
-    converted = torch.tensor(float(value), dtype=compute).item()
-    return Interval(np.array([min(value, converted)]), np.array([max(value, converted)]))
+    if compute.is_floating_point:
+        converted = torch.tensor(float(value), dtype=compute).item()
+        return Interval(np.array([min(value, converted)]), np.array([max(value, converted)]))
+    info = torch.iinfo(compute)
+    if not info.min <= value <= info.max:
+        raise Undecidable  # the number wraps round
+    return constant(value)
 
 
 def converted(x: Interval, compute: torch.dtype | None) -> Interval:
-    """An integer interval as `compute` sees it: large integers are rounded."""
-    if compute is None or x.lo.dtype.kind not in "iu":
+    """An interval as `compute` sees it: large integers are rounded, or wrap round."""
+    if compute in (None, torch.bool, torch.int64) or x.lo.dtype.kind not in "iu":
+        return x
+    assert compute is not None
+    if not compute.is_floating_point:
+        info = torch.iinfo(compute)
+        if (x.lo < info.min).any() or (x.hi > info.max).any():
+            raise Undecidable
         return x
     eps = torch.finfo(compute).eps
     lo, hi = x.lo.astype(np.float64), x.hi.astype(np.float64)
@@ -287,7 +298,9 @@ def _increasing(f: Callable[[Array], Array], low: float = -math.inf) -> Callable
 
 
 def _rounding(f: Callable[[Array], Array]) -> Callable[..., Interval]:
-    def rule(x: Interval) -> Interval:
+    def rule(x: Interval, **options: Any) -> Interval:
+        if options:  # decimals=
+            raise Undecidable
         return Interval(f(x.lo), f(x.hi)) if x.lo.dtype.kind == "f" else x
 
     return rule
@@ -302,6 +315,7 @@ def _cast(x: Interval, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> 
 
 
 def _sign(x: Interval) -> Interval:
+    x = _number(x)
     return Interval(np.sign(x.lo), np.sign(x.hi))
 
 

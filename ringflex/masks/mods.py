@@ -135,7 +135,7 @@ def document_from_lengths(lengths: Tensor | list[int]) -> MaskMod:
     if bool((lengths < 0).any()):
         raise ValueError(f"document lengths must be >= 0, got {int(lengths.min())}")
     ids = torch.arange(lengths.numel(), device=lengths.device)
-    return document(torch.repeat_interleave(ids, lengths))
+    return document(torch.repeat_interleave(ids, lengths.long()))
 
 
 def prefix_lm(prefix_length: int | Tensor) -> MaskMod:
@@ -145,7 +145,8 @@ def prefix_lm(prefix_length: int | Tensor) -> MaskMod:
         prefix_length: tokens, one number or a tensor `[B]`.
     """
     if isinstance(prefix_length, Tensor):
-        if prefix_length.ndim != 1 or prefix_length.is_floating_point():
+        floating = prefix_length.is_floating_point() or prefix_length.dtype == torch.bool
+        if prefix_length.ndim != 1 or floating:
             raise ValueError(
                 f"prefix_length must be an int or an integer tensor [B], got shape "
                 f"{tuple(prefix_length.shape)} of {prefix_length.dtype}"

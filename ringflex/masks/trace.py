@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
@@ -24,10 +25,25 @@ INDEX_NAMES = ("b", "h", "q_idx", "kv_idx")
 _INDEX = torch.ops.aten.index.Tensor
 
 
+_LEAVING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+
+
 class IndexByTensor(TorchFunctionMode):
-    """Records `table[q_idx, kv_idx]` as an aten index; plain indexing would ask for `.item()`."""
+    """Records `table[q_idx, kv_idx]` as an aten index; plain indexing would ask for `.item()`.
+
+    Refuses what would leave the trace unseen: values taken by `tolist()` or numpy, and tensor
+    subclasses, whose operations may mean something else.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for subclass in types:
+            if subclass not in (Tensor, torch.nn.Parameter, FakeTensor):
+                raise TypeError(
+                    f"a captured tensor must be a plain torch.Tensor, got {subclass.__name__} "
+                    f"(of a DTensor, capture `.full_tensor()` or `.to_local()`)"
+                )
+        if func in _LEAVING:
+            raise RuntimeError(f"{func.__name__} takes a value out of a tracing tensor")
         if func is not torch.Tensor.__getitem__:
             return func(*args, **(kwargs or {}))
         table, key = args
@@ -149,7 +165,8 @@ class TracedMod:
 
 
 def _read(table: Tensor, indices: Sequence[Tensor]) -> Tensor:
-    if not (table.requires_grad and table.device.type == "cpu"):
+    whole = len(indices) == table.ndim and all(index is not None for index in indices)
+    if not (whole and table.requires_grad and table.device.type == "cpu"):
         return _INDEX(table, indices)
     # On a CPU the gradient of index() adds in parallel, in any order; that of index_select() is
     # serial, so the same inputs give the same bits.
@@ -204,9 +221,10 @@ def _trace(
         with IndexByTensor(), torch.no_grad():
             module = make_fx(positional)(*example)
     except RuntimeError as error:
-        if "value out of a tracing tensor" not in str(error) and "item()" not in str(error):
+        if "out of a tracing tensor" not in str(error) and "item()" not in str(error):
             raise
         raise ValueError(_branch_message(fn, kind, name, error)) from error
+    _make_functional(module, kind, name)
     _merge_nested_reads(module)
     captures = _lift_captures(module)
     uses, varying, scalar = _dependence(module.graph, names)
@@ -255,8 +273,8 @@ def _branch_message(fn: Any, kind: str, name: str, error: BaseException) -> str:
             break
     return (
         f"{kind} '{name}' turns a tensor into a Python value{where}: `if`, `and`, `or`, `not`, "
-        f"`int()`, `.item()` and chained comparisons cannot be traced. Write it with tensors: "
-        f"`a & b` for `a and b`, `a | b` for `a or b`, `~a` for `not a`, "
+        f"`int()`, `.item()`, numpy and chained comparisons cannot be traced. Write it with "
+        f"tensors: `a & b` for `a and b`, `a | b` for `a or b`, `~a` for `not a`, "
         f"`(low <= x) & (x < high)` for `low <= x < high`, and `torch.where(condition, x, y)` "
         f"for `x if condition else y`."
     )
@@ -298,8 +316,28 @@ def _merge_nested_reads(module: fx.GraphModule) -> None:
         if node.target is not _INDEX or None in node.args[1]:
             continue
         row = node.args[0]
-        if row.target is _INDEX and None not in row.args[1]:
+        if row.target is _INDEX and all(i is not None and _is_scalar(i) for i in row.args[1]):
             node.args = (row.args[0], [*row.args[1], *node.args[1]])
+
+
+def _make_functional(module: fx.GraphModule, kind: str, name: str) -> None:
+    """`score += x` becomes `score + x`: evaluation must not write into its inputs."""
+    for node in module.graph.nodes:
+        if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
+            continue
+        packet = getattr(torch.ops.aten, node.target.overloadpacket.__name__.rstrip("_"), None)
+        functional = getattr(packet, node.target._overloadname, None)
+        if functional is None or functional._schema.is_mutable:
+            raise ValueError(
+                f"{kind} '{name}' writes into a tensor ({node.target}); write it without, e.g. "
+                "with torch.where"
+            )
+        node.target = functional
+
+
+def _is_scalar(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.ndim == 0
 
 
 def _dependence(
@@ -312,9 +350,8 @@ def _dependence(
             reads[node] = frozenset(names[len(reads) : len(reads) + 1])
         else:
             reads[node] = frozenset[str]().union(*(reads[n] for n in node.all_input_nodes))
-            value = node.meta.get("val")
             if node.op == "call_function" and reads[node]:
-                scalar &= isinstance(value, Tensor) and value.ndim == 0
+                scalar &= _is_scalar(node)
     output = next(node for node in graph.nodes if node.op == "output")
     varying = frozenset(n for n, r in reads.items() if r and n.op == "call_function")
     return reads[output], varying, scalar
