@@ -1,0 +1,485 @@
+"""Traced mods: the same values, dtypes and gradients as the function itself, or a refusal."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from torch.testing._internal.two_tensor import TwoTensor
+
+from ringflex.masks.trace import IndexByTensor, TracedMod, trace_mask, trace_score
+
+B, H, Q, K = 2, 2, 4, 7
+Mod = Callable[..., Tensor]
+F64 = torch.float64
+
+
+def draw(*shape: int, dtype: torch.dtype = F64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=F64).to(dtype)
+
+
+row = torch.tensor([3, -1, 4, 1, -5, 9, 2])  # int64 [7]
+row32 = row.int()
+small = torch.tensor([3, -1, 4, 1, -5, 9, 2], dtype=torch.int8)
+grid = torch.arange(14).view(2, 7) * 5 % 11
+cube = torch.arange(42).view(2, 3, 7) * 5 % 13
+flags = torch.tensor([True, False, True, True, False, False, True])
+limit = torch.tensor(2)
+ratio = torch.tensor(0.3, dtype=F64)
+hundred = torch.tensor(100)
+order = torch.tensor([4, 2, 0, 6, 1, 3, 5])
+features = torch.arange(28).view(7, 4) % 3 == 0
+
+MASKS: dict[str, Mod] = {
+    "constant": lambda b, h, q, k: torch.tensor(True),
+    "flag": lambda b, h, q, k: limit > 1,
+    "one_index": lambda b, h, q, k: k < 3,
+    "captured_number": lambda b, h, q, k: q - k < limit,
+    "captured_number_is_wide": lambda b, h, q, k: small[q] * hundred > k * 100,
+    "captured_fraction": lambda b, h, q, k: (q - k) * ratio < 0.5,
+    "float_constant": lambda b, h, q, k: (q - k) * 0.1 <= 0.2,
+    "vector": lambda b, h, q, k: row[q] < row[k],
+    "vector_int32": lambda b, h, q, k: row32[q] * row32[k] > 2,
+    "vector_int8": lambda b, h, q, k: small[q] - small[k] > 2,
+    "vector_bool": lambda b, h, q, k: flags[q] ^ flags[k],
+    "nested": lambda b, h, q, k: grid[b][q] <= grid[b][k],
+    "together": lambda b, h, q, k: grid[b, q] <= grid[b, k],
+    "nested_deep": lambda b, h, q, k: cube[b][h][k] <= cube[b, h][q],
+    "fixed_row": lambda b, h, q, k: (grid[0, q] < 5) & (grid[-1, k] > 2),
+    "fixed_column": lambda b, h, q, k: (cube[b, 1, q] < 5) | (cube[:, :, 0][b, h] > k),
+    "slice_of_rows": lambda b, h, q, k: grid[:, q][b] < grid[:, k][b],
+    "slice_last": lambda b, h, q, k: (cube[b, :, k] > q).all(),
+    "ellipsis": lambda b, h, q, k: grid[:, ...][b, q] < 6,
+    "slice_then_read": lambda b, h, q, k: row[1:][q] < row[:-1][k.clamp(max=5)],
+    "transposed": lambda b, h, q, k: grid.T[k, b] < grid.mT[q][b],
+    "negative_index": lambda b, h, q, k: row[q - 5] < row[k - 7],
+    "index_of_index": lambda b, h, q, k: row[order[q]] < row[order[k]],
+    "index_by_expression": lambda b, h, q, k: row[(q - k).clamp(-2, 2) + 2] > 0,
+    "rearranged_vector": lambda b, h, q, k: row[order][q] < row[order][k],
+    "rearranged_rows": lambda b, h, q, k: (features[order][q] & features[order][k]).any(),
+    "rearranged_columns": lambda b, h, q, k: grid[b][order][q] < grid[b, order][k],
+    "rearranged_cube": lambda b, h, q, k: cube.permute(2, 1, 0)[order][q, h].sum() > k,
+    "selected_by_flag": lambda b, h, q, k: row[flags][q % 4] < row[flags][k % 4],
+    "floor_negative": lambda b, h, q, k: (q - k) // 3 == -1,
+    "floor_by_negative": lambda b, h, q, k: (q - k) // -2 > 0,
+    "modulo_negative": lambda b, h, q, k: (q - k) % 4 == 3,
+    "modulo_by_negative": lambda b, h, q, k: (q - k) % -4 == -1,
+    "int_divided": lambda b, h, q, k: q / (k + 1) > 0.5,
+    "bits": lambda b, h, q, k: (q & k) | (q ^ 3) > 2,
+    "shifts": lambda b, h, q, k: (q << 2) >> 1 > k,
+    "where": lambda b, h, q, k: torch.where(h == 1, q >= k, k > q),
+    "where_numbers": lambda b, h, q, k: torch.where(q > k, 3, -2) * q > 4,
+    "mixed_widths": lambda b, h, q, k: small[q] * row[k] + row32[q] * 0.5 > 1,
+    "narrow_float": lambda b, h, q, k: small[q] * 0.1 == (q - k).half() * 0.1,
+    "new_tensor": lambda b, h, q, k: torch.arange(7)[q] > torch.ones((), dtype=torch.int64) + k,
+    "like": lambda b, h, q, k: (torch.zeros_like(q) + torch.full_like(k, 3)) > k,
+    "in_place": lambda b, h, q, k: (q - k).clamp_(min=0).mul_(2) > 3,
+    "in_place_wider": lambda b, h, q, k: (q * 2).add_(k) > 7,
+    "reduction": lambda b, h, q, k: (grid[b] == q).any() & (k > 1),
+    "dot": lambda b, h, q, k: (features[q] & features[k]).sum() > 1,
+    "stacked": lambda b, h, q, k: torch.stack([q > k, q > 2, k < 6]).all(),
+    "maximum": lambda b, h, q, k: torch.maximum(q, k) - torch.minimum(q, k) < 3,
+    "logical": lambda b, h, q, k: torch.logical_not(q - k) | torch.logical_and(q, k),
+}
+
+slopes = draw(H).requires_grad_()
+bias = draw(H, 2 * K + 1).requires_grad_()
+gain = draw().abs().requires_grad_()
+gain32 = draw().float().requires_grad_()
+relative = draw(2 * K).requires_grad_()
+plane = draw(Q, K).requires_grad_()
+vectors = draw(K, 4).requires_grad_()
+
+
+def augmented(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    score += slopes[h]
+    return score
+
+
+SCORES: dict[str, Mod] = {
+    "identity": lambda s, b, h, q, k: s,
+    "constant": lambda s, b, h, q, k: s * 0 + 5,
+    "captured_only": lambda s, b, h, q, k: plane[q, k],
+    "alibi": lambda s, b, h, q, k: s + slopes[h] * (k - q),
+    "softcap": lambda s, b, h, q, k: 3 * torch.tanh(s / 3),
+    "number": lambda s, b, h, q, k: s * gain,
+    "narrower_number": lambda s, b, h, q, k: s * gain32 + 0.1,
+    "relative": lambda s, b, h, q, k: s + relative[q - k + K],
+    "negative_index": lambda s, b, h, q, k: s + relative[q - k],
+    "clamped": lambda s, b, h, q, k: s + bias[h, (q - k).clamp(-2, 2) + 7] * gain,
+    "nested": lambda s, b, h, q, k: s * bias[h][q] - bias[h][k],
+    "twice": lambda s, b, h, q, k: s * slopes[h] + slopes[h] ** 2 * s**2,
+    "hidden": lambda s, b, h, q, k: torch.where(q >= k, s, -torch.inf),
+    "hidden_by_table": lambda s, b, h, q, k: torch.where(flags[k], s * gain, -torch.inf),
+    "branch": lambda s, b, h, q, k: torch.where((q - k) // 2 == -1, s * 2, s * s),
+    "prepared": lambda s, b, h, q, k: s + torch.softmax(slopes, 0)[h] * torch.exp(gain),
+    "dot": lambda s, b, h, q, k: s + (vectors[q] * vectors[k]).sum() * gain,
+    "rearranged": lambda s, b, h, q, k: s + plane.T[order][k, q] * 2,
+    "in_place": lambda s, b, h, q, k: (s * 1).add_(slopes[h]).mul_(q + k),
+    "augmented": augmented,
+    "integer_table": lambda s, b, h, q, k: s + row[q] * small[k],
+}
+
+
+def indices() -> list[Tensor]:
+    return [
+        torch.arange(B).view(-1, 1, 1, 1),
+        torch.arange(H).view(1, -1, 1, 1),
+        torch.arange(Q).view(1, 1, -1, 1),
+        torch.arange(K).view(1, 1, 1, -1),
+    ]
+
+
+def by_element(fn: Mod, scores: Tensor | None = None) -> Tensor:
+    """What the mod means: called with 0-dim tensors, for one element after the other."""
+    found = []
+    with IndexByTensor():
+        for i, site in enumerate(itertools.product(*map(range, (B, H, Q, K)))):
+            # A copy, so that a mod which works in place cannot change the input.
+            score = [] if scores is None else [scores.reshape(-1)[i].clone()]
+            found.append(fn(*score, *map(torch.tensor, site)))
+    return torch.stack(found).view(B, H, Q, K)
+
+
+@functools.cache
+def mask_truth(name: str) -> Tensor:
+    return by_element(MASKS[name])
+
+
+def by_vmap(fn: Mod, scores: Tensor | None = None) -> Tensor:
+    """The mod mapped over all elements at once."""
+    flat = [x.expand(B, H, Q, K).reshape(-1) for x in indices()]
+    with IndexByTensor():
+        mapped = torch.vmap(fn)(*([] if scores is None else [scores.reshape(-1)]), *flat)
+    return mapped.view(B, H, Q, K)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_evaluate_as_the_function(name: str) -> None:
+    fn = MASKS[name]
+    found = trace_mask(fn).evaluate(*indices())
+    assert found.dtype == torch.bool
+    assert torch.equal(found.expand(B, H, Q, K), mask_truth(name))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_evaluate_at_any_shape(name: str) -> None:
+    """The kernels ask for tiles: some rows of some batch elements, several axes, one element."""
+    fn = MASKS[name]
+    truth, traced = mask_truth(name), trace_mask(fn)
+    b, h = torch.tensor([1, 0, 1]).view(3, 1, 1), torch.tensor([1, 0, 0]).view(3, 1, 1)
+    q, k = torch.tensor([[3, 1], [0, 2], [3, 3]]), torch.tensor([[6, 5, 0]])
+    found = traced.evaluate(b, h, q[:, :, None], k[:, None, :])
+    expected = truth[b, h, q[:, :, None], k[:, None, :]]
+    assert torch.equal(found.expand(3, 2, 3), expected)
+    single = [torch.tensor([x]) for x in (1, 1, 3, 6)]
+    assert traced.evaluate(*single).expand(1).item() == truth[1, 1, 3, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_evaluate_as_the_function(name: str, dtype: torch.dtype) -> None:
+    fn, scores = SCORES[name], draw(B, H, Q, K, dtype=dtype)
+    with torch.no_grad():
+        truth = by_element(fn, scores)
+        given = [x.clone() for x in [scores, *indices()]]
+        found = trace_score(fn, dtype).evaluate(*given[1:], score=given[0])
+    for now, before in zip(given, [scores, *indices()]):
+        assert torch.equal(now, before), "the caller's tensors were changed"
+    assert found.dtype == truth.dtype
+    torch.testing.assert_close(
+        found.expand(B, H, Q, K), truth, rtol=8 * torch.finfo(truth.dtype).eps, atol=1e-15
+    )
+
+
+@pytest.mark.parametrize("name", [n for n in SCORES if n not in ("in_place", "augmented")])
+def test_gradients_are_those_of_the_function(name: str) -> None:
+    """Of the scores and of every captured tensor, against the plain function under vmap."""
+    fn = SCORES[name]
+    scores, dout = draw(B, H, Q, K).requires_grad_(), torch.randn(B, H, Q, K, dtype=F64)
+    traced = trace_score(fn, F64)
+    learned = [c for c in traced.captures if c.requires_grad]
+    out = traced.evaluate(*indices(), score=scores).expand(B, H, Q, K)
+    plain = by_vmap(fn, scores)
+    # Everything that requires a gradient, so that a capture the tracer lost is missed.
+    wanted = [scores, slopes, bias, gain, gain32, relative, plane, vectors]
+    seen = out == out.masked_fill(out.isinf(), torch.nan)  # a hidden score passes nothing back
+    found, expected = (
+        torch.autograd.grad(y[seen], wanted, dout[seen], allow_unused=True) for y in (out, plain)
+    )
+    assert sum(g is not None for g in expected[1:]) == len(learned)
+    for x, g, e in zip(wanted, found, expected):
+        assert (g is None) == (e is None)
+        if g is not None and e is not None:
+            assert g.dtype == x.dtype and g.shape == x.shape
+            eps = torch.finfo(g.dtype).eps
+            torch.testing.assert_close(g, e, rtol=100 * eps, atol=100 * eps * float(e.abs().max()))
+
+
+def test_gradients_reach_stand_ins_for_the_captures() -> None:
+    traced = trace_score(SCORES["clamped"], F64)
+    assert [c is t for c, t in zip(traced.captures, (bias, gain))] == [True, True]
+    stand_ins = [torch.full_like(c, 0.5, requires_grad=True) for c in traced.captures]
+    out = traced.evaluate(*indices(), score=torch.zeros(B, H, Q, K, dtype=F64), captures=stand_ins)
+    assert (out == 0.25).all()
+    found = torch.autograd.grad(out.sum(), [*stand_ins, bias, gain], allow_unused=True)
+    assert found[1] is not None and found[1].item() == 0.5 * B * H * Q * K
+    assert found[0] is not None and found[0].sum().item() == 0.5 * B * H * Q * K
+    assert found[2] is None and found[3] is None
+
+
+def test_captures_are_the_tensors_themselves() -> None:
+    parameter = torch.nn.Parameter(draw(H))
+
+    def mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score * parameter[h] + bias[h, q] + parameter[b] * ratio + bias[0, k]
+
+    captures = trace_score(mod, F64).captures
+    assert len(captures) == 3
+    for capture, tensor in zip(captures, (parameter, bias, ratio)):
+        assert capture is tensor
+
+
+def test_a_change_of_a_capture_is_seen() -> None:
+    table = torch.zeros(K, dtype=torch.int64)
+    traced = trace_mask(lambda b, h, q, k: table[q] == k)
+    table += 3
+    assert traced.evaluate(*indices())[0, 0, :, 3].all()
+
+
+@pytest.mark.parametrize(
+    ("fn", "uses"),
+    [
+        (lambda b, h, q, k: torch.tensor(True), ""),
+        (lambda b, h, q, k: flags[2] & (limit > 0), ""),
+        (lambda b, h, q, k: k >= 0, "kv_idx"),
+        (lambda b, h, q, k: q >= k, "q_idx kv_idx"),
+        (lambda b, h, q, k: grid[b, q] == 3, "b q_idx"),
+        (lambda b, h, q, k: grid[b][k] == 3, "b kv_idx"),
+        (lambda b, h, q, k: (h == 1) | (k > 3), "h kv_idx"),
+        (lambda b, h, q, k: torch.where(b == 0, h, q) > k, "b h q_idx kv_idx"),
+        (lambda b, h, q, k: (q + b - h, q > 2)[1], "q_idx"),  # computed and thrown away
+        (lambda b, h, q, k: (features[q] & features[h]).any(), "h q_idx"),
+    ],
+)
+def test_uses_names_what_a_mask_depends_on(fn: Mod, uses: str) -> None:
+    assert trace_mask(fn).uses == set(uses.split())
+
+
+def test_uses_of_a_score() -> None:
+    assert trace_score(lambda s, b, h, q, k: s + slopes[h], F64).uses == {"score", "h"}
+    assert trace_score(lambda s, b, h, q, k: plane[q, k], F64).uses == {"q_idx", "kv_idx"}
+
+
+def test_scalar_tells_whether_the_graph_broadcasts() -> None:
+    assert trace_mask(MASKS["nested_deep"]).scalar
+    assert trace_score(SCORES["prepared"], F64).scalar  # the vector depends on no index
+    assert not trace_mask(MASKS["dot"]).scalar
+    assert not trace_score(SCORES["dot"], F64).scalar
+
+
+def test_functions_of_every_kind_are_traced() -> None:
+    class Window:
+        def __init__(self, reach: int) -> None:
+            self.reach = reach
+
+        def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return q_idx - kv_idx < self.reach
+
+        def method(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return self(b, h, q_idx, kv_idx)
+
+    def window(reach: int, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return q_idx - kv_idx < reach
+
+    def defaulted(b: Tensor, h: Tensor, q: Tensor, k: Tensor, reach: int = 2) -> Tensor:
+        return q - k < reach
+
+    truth = by_element(functools.partial(window, 2))
+    names = []
+    for fn in (Window(2), Window(2).method, functools.partial(window, 2), defaulted):
+        traced = trace_mask(fn)
+        assert torch.equal(traced.evaluate(*indices()).expand(B, H, Q, K), truth)
+        names.append(traced.name)
+    assert names == ["Window", "method", "partial", "defaulted"]
+
+
+def branching(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    if q_idx > kv_idx:  # this very line is named
+        return q_idx > 3
+    return q_idx > 2
+
+
+BRANCHES: dict[str, Mod] = {
+    "if": branching,
+    "and": lambda b, h, q, k: (q > k) and (q < 3),
+    "or": lambda b, h, q, k: (q > k) or (q < 3),
+    "not": lambda b, h, q, k: not (q > k),  # type: ignore[return-value]
+    "chained": lambda b, h, q, k: 0 <= q < 3,
+    "conditional": lambda b, h, q, k: (q > 1) if h else (k > 1),
+    "max": lambda b, h, q, k: max(q, k) > 2,
+    "in": lambda b, h, q, k: torch.tensor(q in [3, 4]),
+    "item": lambda b, h, q, k: torch.tensor(q.item() > 3),
+    "int": lambda b, h, q, k: torch.tensor(int(q) > 3),
+    "float": lambda b, h, q, k: torch.tensor(float(q) > 3),
+    "range": lambda b, h, q, k: torch.tensor(len(range(q)) > 3),  # type: ignore[call-overload]
+    "list_index": lambda b, h, q, k: torch.tensor([True, False, True, False, True][q]),  # type: ignore[call-overload]
+    "format": lambda b, h, q, k: torch.tensor(f"{q}" == "3"),
+    "tolist": lambda b, h, q, k: torch.tensor(q.tolist() > 3),
+    "numpy": lambda b, h, q, k: torch.as_tensor(q.numpy() > 3),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branching_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="turns a tensor into a Python value") as caught:
+        trace_mask(BRANCHES[name])
+    for advice in ("`a & b` for `a and b`", "`(low <= x) & (x < high)`", "`torch.where(condition,"):
+        assert advice in str(caught.value)
+
+
+def test_branching_names_the_line() -> None:
+    with pytest.raises(
+        ValueError, match=r"mask_mod 'branching' turns .* Python value \("
+    ) as caught:
+        trace_mask(branching)
+    line = branching.__code__.co_firstlineno + 1
+    assert f"test_trace.py:{line}: if q_idx > kv_idx:" in str(caught.value)
+
+
+def test_branching_in_a_score_is_refused() -> None:
+    with pytest.raises(ValueError, match="score_mod '<lambda>' turns a tensor into a Python value"):
+        trace_score(lambda s, b, h, q, k: s if q > k else -s, torch.float32)
+
+
+def test_an_error_inside_the_mod_is_passed_on() -> None:
+    def broken(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        raise RuntimeError("my own")
+
+    with pytest.raises(RuntimeError, match=r"^my own$"):
+        trace_mask(broken)
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda b, h, q, k: True, r"must return a boolean tensor, e\.g\. .*; got bool True"),
+        (lambda b, h, q, k: None, "must return a boolean tensor, .*; got NoneType None"),
+        (lambda b, h, q, k: (q > k, q), "must return a boolean tensor, .*; got tuple"),
+        (lambda b, h, q, k: q - k, r"must return a boolean tensor, .*; got dtype torch\.int64"),
+        (lambda b, h, q, k: (q > k) * 1.0, "must return a boolean tensor.* dtype torch.float32"),
+        (
+            lambda b, h, q, k: (q > k)[None],
+            r"called for one element and must return one value; got shape \(1,\)",
+        ),
+        (lambda b, h, q, k: q > row, r"must return one value; got shape \(7,\)"),
+        (
+            lambda b, h, q: q > 3,
+            r"'<lambda>' must be callable as mask_mod\(b, h, q_idx, kv_idx\); its signature is "
+            r"<lambda>\(b, h, q\): too many positional arguments",
+        ),
+        (lambda s, b, h, q, k: q > 3, r"callable as mask_mod\(.*missing a required argument: 'k'"),
+        (lambda *, b, h, q, k: q > 3, "must be callable as mask_mod"),
+        (5, r"mask_mod must be a function mask_mod\(b, h, q_idx, kv_idx\), got int: 5"),
+        (None, "mask_mod must be a function .*, got NoneType: None"),
+        (row, "mask_mod must be a function .*, got Tensor: tensor"),
+    ],
+)
+def test_what_is_no_mask_is_refused(fn: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        trace_mask(fn)
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (
+            lambda s, b, h, q, k: q,
+            r"must return the score as a floating-point tensor, e\.g\. .*; got dtype torch\.int64",
+        ),
+        (lambda s, b, h, q, k: s > 0, r"must return the score .*; got dtype torch\.bool"),
+        (lambda s, b, h, q, k: 1.5, r"must return the score .*; got float 1\.5"),
+        (lambda s, b, h, q, k: s + vectors[q], r"must return one value; got shape \(4,\)"),
+        (
+            lambda s, b, h, q: s,
+            r"'<lambda>' must be callable as score_mod\(score, b, h, q_idx, kv_idx\); its sign",
+        ),
+        ("causal", r"score_mod must be a function score_mod\(score, b, h, .*, got str: 'causal'"),
+    ],
+)
+def test_what_is_no_score_mod_is_refused(fn: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        trace_score(fn, torch.float32)
+
+
+class Tagged(Tensor):
+    """A subclass with no behaviour of its own."""
+
+
+@pytest.mark.parametrize("captured", [TwoTensor(row, row), row.as_subclass(Tagged)], ids=type)
+def test_captured_subclasses_are_refused(captured: Tensor) -> None:
+    message = f"a captured tensor must be a plain torch.Tensor, got {type(captured).__name__}"
+    with pytest.raises(TypeError, match=message):
+        trace_mask(lambda b, h, q, k: captured[q] == captured[k])
+
+
+def test_a_captured_dtensor_is_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        captured = distribute_tensor(row, init_device_mesh("cpu", (1,)))
+        with pytest.raises(TypeError, match=r"got DTensor \(of a DTensor, capture `\.full_tensor"):
+            trace_mask(lambda b, h, q, k: captured[q] == captured[k])
+        with pytest.raises(TypeError, match=r"got DTensor \(of a DTensor, capture `\.full_tensor"):
+            trace_score(lambda s, b, h, q, k: s * captured[k], torch.float32)
+    finally:
+        dist.destroy_process_group()
+
+
+def documents(ids: Tensor, reach: int = 3) -> TracedMod:
+    return trace_mask(lambda b, h, q, k: (ids[q] == ids[k]) & (q - k < reach))
+
+
+def test_digest_is_of_values_and_graph() -> None:
+    ids = torch.tensor([0, 0, 1, 1, 2])
+    same = documents(ids).digest()
+    assert len(same) == 16
+    assert documents(ids.clone()).digest() == same
+    assert documents(torch.tensor([0, 9, 0, 9, 1, 9, 1, 9, 2, 9])[::2]).digest() == same
+    others = [
+        documents(torch.tensor([0, 0, 1, 1, 3])),
+        documents(ids.int()),
+        documents(torch.tensor([0, 0, 1, 1, 2, 2])),
+        documents(ids, reach=4),
+        trace_mask(lambda b, h, q, k: (ids[q] == ids[k]) & (k - q < 3)),
+        trace_mask(lambda b, h, q, k: (ids[q] == ids[k]) | (q - k < 3)),
+        trace_mask(lambda b, h, q, k: q - k < 3),
+    ]
+    assert len({same, *(other.digest() for other in others)}) == len(others) + 1
+
+
+def test_digest_of_every_dtype_and_shape() -> None:
+    tables = [torch.ones(3, dtype=d) for d in (F64, torch.float16, torch.bfloat16, torch.uint8)]
+    tables += [torch.ones(3, dtype=torch.bool), torch.ones(1, 3), torch.ones(3, 1), torch.ones(())]
+    tables += [torch.nn.Parameter(torch.zeros(3)), torch.full((3,), torch.nan)]
+    digests = [
+        trace_mask(lambda b, h, q, k, t=t: t.reshape(-1)[0] > q * 1.0).digest()  # type: ignore[misc]
+        for t in tables
+    ]
+    assert len(set(digests)) == len(tables)
+
+
+def test_to_moves_only_what_is_elsewhere() -> None:
+    traced = trace_score(SCORES["clamped"], F64)
+    assert traced.to(torch.device("cpu")) is traced
+    moved = traced.to(torch.device("meta"))
+    assert [c.device.type for c in moved.captures] == ["meta", "meta"]
+    assert not any(c.requires_grad for c in moved.captures)
+    assert traced.captures[0] is bias
