@@ -85,7 +85,9 @@ def flex_attention(
         error = problem
     if comm is not None:
         assert isinstance(block_mask, Plan)
-        identity = "" if error else _identity(query, key, value, score, resolved_scale, sinks)
+        identity = ""
+        if error is None:
+            identity = _identity(plan, query, key, value, score, resolved_scale, sinks)
         # On GPUs reading the answer would stall the stream: ask once for each kind of call.
         if error or not comm.on_gpu or identity not in block_mask.cache:
             comm.agree(identity, hashlib.blake2b(identity.encode(), digest_size=16).digest(), error)
@@ -142,10 +144,12 @@ def _resolve(
     if score_mod is not None:
         score = trace_score(score_mod, compute_dtype(query.dtype))
         check.check_score(score, query)
+        check.check_score_reads(score, plan, query)
     return plan, score, check.resolve_scale(scale, query.shape[3])
 
 
 def _identity(
+    plan: Plan,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -157,10 +161,12 @@ def _identity(
     mod = "None"
     if score is not None:
         code = hashlib.blake2b(score.module.code.encode(), digest_size=8).hexdigest()
-        captured = [(tuple(c.shape), str(c.dtype)) for c in score.captures]
+        captured = [(tuple(c.shape), str(c.dtype), c.requires_grad) for c in score.captures]
         mod = f"{score.name} {code} {captured}"
     return (
         f"flex_attention(query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}, "
-        f"{q.dtype}, scale={scale}, score_mod={mod}, sinks={sinks is not None}, "
-        f"gradients={torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))})"
+        f"{q.dtype}, scale={scale}, score_mod={mod}, sinks="
+        f"{None if sinks is None else sinks.requires_grad}, "
+        f"gradients={torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))}, "
+        f"plan {plan.identity})"
     )

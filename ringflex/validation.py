@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ringflex.kernels.eager import compute_dtype
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.trace import TracedMod
 from ringflex.parallel.plan import Plan
@@ -78,7 +80,7 @@ def check_plan_fits(plan: Plan, q: Tensor, k: Tensor) -> None:
             f"this plan of {plan.world_size} ranks was made without a process group (plan_all); "
             "make it with rf.plan(..., group=...) on every rank"
         )
-    if plan.comm is not None and plan.world_size > 1 and plan.comm.on_gpu != q.is_cuda:
+    if plan.comm is not None and plan.world_size > 1 and plan.comm.device.type != q.device.type:
         where = "GPU" if plan.comm.on_gpu else "CPU"
         raise ValueError(
             f"the plan's process group moves {where} tensors, query is on {q.device}: "
@@ -108,6 +110,41 @@ def check_score(score: TracedMod, q: Tensor) -> None:
                 f"score_mod '{score.name}' captures a tensor of shape {tuple(capture.shape)} on "
                 f"{capture.device}, query is on {q.device}: move it there"
             )
+
+
+def check_score_reads(score: TracedMod, plan: Plan, q: Tensor) -> None:
+    """Asks the score mod at the corners of every run of blocks that the local queries see.
+
+    A captured tensor that is too short for one rank alone would stop it amid the transfers.
+    (On a GPU a read out of bounds ends the process by itself.)
+    """
+    rows = plan.rows
+    if q.device.type != "cpu" or not score.captures:
+        return
+    bq, bk = rows.block_size
+    for runs in (rows.full, rows.partial):
+        group, block = np.divmod(runs.row, rows.q_blocks)
+        b = group // rows.H % rows.kv_starts.shape[0]
+        q_end = np.minimum(rows.q_starts[block] + bq, rows.q_limit) - 1
+        kv_end = np.minimum(rows.kv_starts[b, runs.end - 1] + bk, rows.kv_limit) - 1
+        q_idx = np.stack([rows.q_starts[block], q_end])[None, None, :, None]
+        kv_idx = np.stack([rows.kv_starts[b, runs.start], kv_end])[None, None, None]
+        ends = [torch.tensor([0, n - 1]) for n in q.shape[:2]]
+        try:
+            score.evaluate(
+                ends[0].view(-1, 1, 1, 1, 1),
+                ends[1].view(1, -1, 1, 1, 1),
+                torch.from_numpy(q_idx),
+                torch.from_numpy(kv_idx),
+                torch.zeros(1, 1, 1, 1, 1, dtype=compute_dtype(q.dtype)),
+                [c.detach() for c in score.captures],
+            )
+        except IndexError as error:
+            shapes = ", ".join(str(tuple(c.shape)) for c in score.captures)
+            raise ValueError(
+                f"score_mod '{score.name}' reads beyond a captured tensor of shape {shapes}: "
+                f"{error}"
+            ) from None
 
 
 def check_sinks(sinks: Any, q: Tensor) -> None:

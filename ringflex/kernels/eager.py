@@ -103,7 +103,8 @@ def backward(
         dout: `[B, Hq, q_len, Dv]`; q, k, v, mask, score, scale as in `forward`.
         lse, delta: **global** over all K/V, compute dtype, `[B, Hq, q_len]`.
         dq, dk, dv: accumulators in the compute dtype, shaped like q, k, v, contiguous.
-        dcaptures: accumulators shaped like the captured tensors; None where no gradient is wanted.
+        dcaptures: accumulators shaped like the captured tensors, fp32 or fp64; None where no
+            gradient is wanted.
     """
     tiles = _Tiles(q, k, v, mask, score, scale)
     dout_, lse_, delta_, dq_ = (tiles.query_blocks(x) for x in (dout, lse, delta, dq))
@@ -175,6 +176,13 @@ class _Tiles:
         if ("mod", q.device) not in mask.cache:
             mask.cache["mod", q.device] = mask.mask.to(q.device)
         self.mod: TracedMod = mask.cache["mod", q.device]
+        # Half-precision captures are read in fp32, so that their gradients are summed in fp32.
+        self.captures = [
+            c.detach().to(torch.promote_types(c.dtype, torch.float32))
+            if c.is_floating_point()
+            else c
+            for c in (() if score is None else score.captures)
+        ]
         self.chunks = chunks_of(
             mask,
             self.batch,
@@ -254,12 +262,12 @@ class _Tiles:
         q_idx = q_idx.clamp(max=self.mask.q_limit - 1)  # what is beyond is hidden
         kv_idx = kv_idx.clamp(max=self.mask.kv_limit - 1)
         if dcaptures is None:
-            modified = self.score.evaluate(b, h, q_idx, kv_idx, s)
+            modified = self.score.evaluate(b, h, q_idx, kv_idx, s, self.captures)
             return _hide(modified.to(self.dtype).expand(shape), hidden), _identity
         leaf = s.requires_grad_()
         captures = [
-            c.detach().requires_grad_(into is not None)
-            for c, into in zip(self.score.captures, dcaptures, strict=True)
+            c if into is None else c.detach().requires_grad_()
+            for c, into in zip(self.captures, dcaptures, strict=True)
         ]
         with torch.enable_grad():
             modified = self.score.evaluate(b, h, q_idx, kv_idx, leaf, captures)

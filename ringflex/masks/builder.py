@@ -55,6 +55,7 @@ class BlockMaskBuilder:
         self.block_size = block_size
         self.bounds = MaskBounds(mask)
         self.cpu_mask = mask.to(torch.device("cpu"))
+        self._check_reads()
 
     def build(self, q_starts: Array, kv_blocks: int, *, q_len: int, kv_len: int) -> BlockMask:
         """The mask of some query blocks against K/V blocks `0 .. kv_blocks - 1`.
@@ -81,6 +82,20 @@ class BlockMaskBuilder:
             full=full,
             partial=partial,
         )
+
+    def _check_reads(self) -> None:
+        """Asks the mask at the corners of everything: a captured tensor that is too short shows."""
+        sizes = (self.B, self.H, self.q_limit, self.kv_limit)
+        ends = [torch.tensor([0, size - 1]) for size in sizes]
+        try:
+            b, h, q_idx, kv_idx = torch.meshgrid(*ends, indexing="ij")
+            self.cpu_mask.evaluate(b, h, q_idx, kv_idx)
+        except IndexError as error:
+            shapes = ", ".join(str(tuple(c.shape)) for c in self.mask.captures)
+            raise ValueError(
+                f"mask '{self.mask.name}' reads beyond a captured tensor of shape {shapes} for "
+                f"(B, H, q_len, kv_len) = {sizes}: {error}"
+            ) from None
 
     def _rectangles(self, rect: Array, q_starts: Array) -> Rectangles:
         """`rect` int64 `[5, n]`: group, row range, column range (half open) -> element bounds."""

@@ -48,19 +48,21 @@ class Attention(torch.autograd.Function):
         # delta from a rounded out is off by a constant per row. That all but cancels in dq, dk and
         # dv, but adds up in the gradient of a bias or a slope, which sums over whole rows.
         saved = out if any(ctx.needs_input_grad[8:]) else rounded
-        ctx.save_for_backward(q, k, v, sinks, saved, lse)
+        # Captures are saved so that autograd notices if one is changed in place before backward.
+        ctx.save_for_backward(q, k, v, sinks, saved, lse, *captures)
         return rounded, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
-        q, k, v, sinks, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse, *captures = ctx.saved_tensors
         dout, dlse = (_zero_padding(ctx.plan, x) for x in (dout, dlse))
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - dlse
         score: TracedMod | None = ctx.score
-        captures = () if score is None else score.captures
         dcaptures = [
-            torch.zeros(c.shape, dtype=c.dtype, device=c.device) if wanted else None
+            torch.zeros_like(c, dtype=torch.promote_types(c.dtype, torch.float32))
+            if wanted
+            else None
             for c, wanted in zip(captures, ctx.needs_input_grad[8:], strict=True)
         ]
         with torch.autocast(q.device.type, enabled=False):
@@ -73,13 +75,16 @@ class Attention(torch.autograd.Function):
             weight = weight.masked_fill(lse == -torch.inf, 0)  # a sink of -inf, and nothing seen
             dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
         grads = (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks)
-        return (None, None, None, None, *grads, *dcaptures)
+        summed = (
+            None if d is None else d.to(c.dtype) for c, d in zip(captures, dcaptures, strict=True)
+        )
+        return (None, None, None, None, *grads, *summed)
 
 
 def _zero_padding(plan: Plan, x: Tensor) -> Tensor:
     """`x [B, H, local_len, ...]` with padding slots zero: what they hold may be NaN, and a weight
     of zero would not keep it out of a sum."""
-    if plan.world_size == 1 and plan.seq_len == x.shape[2]:
+    if plan.rows.q_len != plan.local_len:  # one device, any length: no slots but tokens
         return x
     if x.device not in plan.cache:
         plan.cache[x.device] = None if plan.valid.all() else (~plan.valid).to(x.device)

@@ -101,6 +101,7 @@ class Plan:
         steps: the local step, then one per arrival.
         needed: bool `[W, batch groups, blocks]`: which K/V blocks each rank's queries see.
         stats: what it computes and moves.
+        identity: what all ranks must have made alike, in words and digits.
         comm: the communicator; None in plans made without a process group.
     """
 
@@ -112,6 +113,7 @@ class Plan:
     steps: tuple[Step, ...]
     needed: Array
     stats: PlanStats
+    identity: str
     comm: Communicator | None = field(default=None, repr=False)
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 

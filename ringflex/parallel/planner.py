@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -156,7 +157,7 @@ def plan(
     if comm is None or alone:
         gathered = [records]
     else:
-        what, digest = draft.identity() if draft else ("", b"")
+        what, digest = draft.identity if draft else ("", b"")
         counts = comm.agree(what, digest, error, count=records.shape[0])
         gathered = comm.all_gather_rows(records, counts)
     assert draft is not None
@@ -214,6 +215,7 @@ def single_device_plan(block_mask: BlockMask) -> Plan:
             steps=steps,
             needed=block_mask.needed()[None],
             stats=stats_of(layout, 0, steps, [block_mask.visible_blocks], block_mask.B),
+            identity=block_mask.mask.name,
         )
     return block_mask.cache["plan"]
 
@@ -238,6 +240,7 @@ class _Draft:
             for name, mask in masks.items()
         }
 
+    @cached_property
     def identity(self) -> tuple[str, bytes]:
         """The request in words, and 16 bytes that also cover the masks' captured values."""
         r = self.request
@@ -301,6 +304,7 @@ class _Draft:
                 steps=steps,
                 needed=needed,
                 stats=stats_of(layout, rank, steps, work.tolist(), groups[m]),
+                identity=f"{self.identity[1].hex()} {name} {layout.name} {strategy}",
                 comm=comm,
             )
         return plans

@@ -1,0 +1,167 @@
+"""Traffic: what a plan says it sends is what is sent, counted twice."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ringflex as rf
+from attention_cases import LAYOUTS, STRATEGIES, Case, Problem, attend
+from rank_pool import RankPool
+
+RECORD = 512  # bytes that a rank may spend on agreement in a call
+
+
+@dataclass
+class Traffic:
+    """Bytes at the door of torch.distributed, and peers (global ranks) of the messages."""
+
+    sent: int = 0
+    received: int = 0
+    gathered: list[int] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    peers: set[int] = field(default_factory=set)
+
+
+@contextmanager
+def watched() -> Iterator[Traffic]:
+    """Counts what passes through torch.distributed, whoever sends it."""
+    traffic = Traffic()
+    batch, gather = dist.batch_isend_irecv, dist.all_gather
+
+    def batch_isend_irecv(ops: list[dist.P2POp]) -> object:
+        for op in ops:
+            if op.op is dist.isend:
+                traffic.sent += op.tensor.numel() * op.tensor.element_size()
+            else:
+                assert op.op is dist.irecv
+                traffic.received += op.tensor.numel() * op.tensor.element_size()
+            traffic.peers.add(op.peer)
+        return batch(ops)
+
+    def all_gather(out: list[torch.Tensor], x: torch.Tensor, group: object) -> object:
+        traffic.gathered.append(x.nbytes)
+        return gather(out, x, group=group)
+
+    def other(name: str) -> object:
+        return lambda *args, **kwargs: traffic.others.append(name)
+
+    # isend and irecv stay: batch_isend_irecv is given these very functions.
+    names = ["all_reduce", "broadcast", "send", "recv", "all_to_all_single", "all_to_all"]
+    names += ["all_gather_into_tensor", "reduce_scatter_tensor", "all_gather_object", "gather"]
+    with (
+        patch.object(dist, "batch_isend_irecv", batch_isend_irecv),
+        patch.object(dist, "all_gather", all_gather),
+        patch.multiple(dist, **{name: other(name) for name in names}),
+    ):
+        yield traffic
+
+
+def forward(problem: Problem, plan: rf.Plan) -> None:
+    with torch.no_grad():
+        rf.flex_attention(problem.q, problem.k, problem.v, problem.score, plan, enable_gqa=True)
+
+
+def traffic_on_rank(
+    group: dist.ProcessGroup, case: Case, combinations: list[tuple[str, str]]
+) -> list[str]:
+    """Differences between the statistics, the counter and the watch; none are expected."""
+    problem = case.build()
+    shape = {
+        "batch": case.B,
+        "kv_heads": case.Hkv,
+        "head_dim": case.D,
+        "v_head_dim": case.Dv,
+        "dtype": case.dtype,
+    }
+    wrong = []
+    for layout, strategy in combinations:
+        plan = rf.plan(
+            problem.mask, case.seq_len, group, B=case.B, H=case.Hq,
+            layout=layout, strategy=strategy, block_size=case.block_size,
+        )  # fmt: skip
+        local = problem.shard(plan)
+        comm = plan.comm
+        assert comm is not None
+        for backward in (False, True):
+            sent, received = comm.bytes_sent, comm.bytes_received
+            with watched() as traffic:
+                if backward:
+                    attend(local, plan)
+                else:
+                    forward(local, plan)
+            stats = (
+                plan.stats.bytes_sent(**shape, backward=backward),
+                plan.stats.bytes_received(**shape, backward=backward),
+            )
+            counted = (comm.bytes_sent - sent, comm.bytes_received - received)
+            seen = (traffic.sent, traffic.received)
+            if not stats == counted == seen:
+                wrong.append(f"{layout} {strategy} {backward=}: {stats=} {counted=} {seen=}")
+            if traffic.others or sum(traffic.gathered) > RECORD:
+                wrong.append(f"{layout} {strategy} {backward=}: {traffic}")
+    return wrong
+
+
+@pytest.mark.parametrize("world_size", [3, 8])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(dtype=torch.bfloat16),
+        Case(mask="full", Hkv=1, dtype=torch.float32),
+        Case(mask="document rows", B=3, dtype=torch.float32),
+        Case(mask="prefix rows", B=3, block_size=7),
+        Case(mask="tree", score="composed", sinks=True, dtype=torch.bfloat16),
+        Case(mask="opposite", seq_len=300),
+        Case(mask="last batch element", dtype=torch.float16),
+        Case(mask="far corner"),
+        Case(mask="nothing"),
+        Case(seq_len=1),
+    ],
+    ids=str,
+)
+def test_statistics_are_what_is_sent(pool: RankPool, case: Case, world_size: int) -> None:
+    every, diagonal = list(product(LAYOUTS, STRATEGIES)), list(zip(LAYOUTS, STRATEGIES))
+    combinations = every if world_size == 3 else diagonal
+    assert pool.run(traffic_on_rank, world_size, case, combinations) == [[]] * world_size
+
+
+def peers_on_rank(group: dist.ProcessGroup) -> list[set[int]]:
+    found = []
+    x = torch.randn(1, 1, 1024, 8)
+    for strategy in STRATEGIES:
+        mask = rf.causal() & rf.sliding_window(64)
+        plan = rf.plan(mask, 1024, group, layout="contiguous", strategy=strategy, block_size=32)
+        local = plan.shard(x, 2).requires_grad_()
+        with watched() as traffic:
+            rf.flex_attention(local, local, local, block_mask=plan).sum().backward()
+        found.append(traffic.peers)
+    return found
+
+
+def test_a_window_talks_to_neighbours_only(pool: RankPool) -> None:
+    for rank, (ring, direct, gather) in enumerate(pool.run(peers_on_rank, 4)):
+        neighbours = {peer for peer in (rank - 1, rank + 1) if 0 <= peer < 4}
+        assert ring == direct == neighbours
+        assert gather == {0, 1, 2, 3} - {rank}
+
+
+def planning_on_rank(group: dist.ProcessGroup, seq_len: int) -> list[int]:
+    with watched() as traffic:
+        rf.plan(rf.causal() & rf.sliding_window(4096), seq_len, group)
+    assert not (traffic.sent or traffic.received or traffic.others)
+    return traffic.gathered
+
+
+def test_planning_is_two_small_collectives(pool: RankPool) -> None:
+    short, long = (pool.run(planning_on_rank, 4, n)[0] for n in (1 << 16, 1 << 20))
+    for gathered in (short, long):
+        assert len(gathered) == 2
+        assert gathered[0] == RECORD
+    # Needs travel as ranges: striped stretches, of all the layouts to choose from, are the most.
+    assert long[1] <= 16 * short[1] < 100_000

@@ -1,0 +1,225 @@
+"""Plans as data: the steps of all ranks, played out in one process without a tensor.
+
+Buffers hold the global numbers of blocks in place of keys and values. What a plan says about
+positions in a buffer is checked by what stands there.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ringflex as rf
+from attention_cases import LAYOUTS, MASKS, STRATEGIES, Case, dense_mask
+from ringflex.masks.runs import Array
+from ringflex.parallel.steps import Transfer
+
+Buffer = list[Array]  # global block numbers, one array for each batch element of the mask
+
+
+def read(buffer: Buffer, transfer: Transfer) -> list[list[int]]:
+    assert len(buffer) == len(transfer.blocks)
+    assert transfer.count > 0
+    for held, positions in zip(buffer, transfer.blocks):
+        assert (np.diff(positions) > 0).all()
+        assert positions.size == 0 or 0 <= positions[0] <= positions[-1] < held.size
+    return [held[positions].tolist() for held, positions in zip(buffer, transfer.blocks)]
+
+
+def by_pair(
+    transfers: Sequence[Sequence[Transfer]], buffers: Sequence[Buffer], *, outgoing: bool
+) -> dict[tuple[int, int], list[list[list[int]]]]:
+    """Messages of one step by (from, to), in the order in which that rank lists them."""
+    messages: dict[tuple[int, int], list[list[list[int]]]] = {}
+    for rank, (of_rank, buffer) in enumerate(zip(transfers, buffers)):
+        for transfer in of_rank:
+            assert transfer.peer != rank
+            pair = (rank, transfer.peer) if outgoing else (transfer.peer, rank)
+            messages.setdefault(pair, []).append(read(buffer, transfer))
+    return messages
+
+
+def play(plans: list[rf.Plan]) -> None:
+    """Plays the steps of all ranks and checks each against its peers and the mask."""
+    layout, groups = plans[0].layout, plans[0].needed.shape[1]
+    local: list[Buffer] = [[layout.blocks_of(p.rank)] * groups for p in plans]
+    held = local
+    assert len({len(p.steps) for p in plans}) == 1
+    returned = np.zeros_like(plans[0].needed)
+    seen = [np.zeros_like(p.rows.block_map()) for p in plans]
+    for i, steps in enumerate(zip(*(p.steps for p in plans))):
+        if i == 0:
+            assert not any(s.receives or s.sends or s.returns or s.collects for s in steps)
+            assert all(s.width == layout.blocks // layout.world_size for s in steps)
+        else:
+            held = arrive(plans, i, held, local)
+        for plan, step, buffer in zip(plans, steps, held):
+            if step.mask is not None:
+                look(plan, step.mask, buffer, seen[plan.rank])
+        # Gradients go home, to where the block came from, and no block of this rank is returned.
+        out = by_pair([s.returns for s in steps], held, outgoing=True)
+        assert out == by_pair([s.collects for s in steps], local, outgoing=False)
+        for (rank, owner), messages in out.items():
+            for message in messages:
+                for group, blocks in enumerate(message):
+                    assert (layout.owner[blocks] == owner).all()
+                    assert not returned[rank, group, blocks].any()  # once only
+                    returned[rank, group, blocks] = True
+    remote = layout.owner[None, :] != np.arange(layout.world_size)[:, None]  # [W, blocks]
+    assert (returned == plans[0].needed & remote[:, None]).all()
+    for plan in plans:
+        assert (seen[plan.rank] == plan.rows.block_map()).all()
+
+
+def arrive(plans: list[rf.Plan], i: int, held: list[Buffer], local: list[Buffer]) -> list[Buffer]:
+    """What the buffers of step `i` hold; every receive has its send."""
+    steps = [p.steps[i] for p in plans]
+    sources = [held[r] if step.passes_on else local[r] for r, step in enumerate(steps)]
+    sent = by_pair([s.sends for s in steps], sources, outgoing=True)
+    arrived: list[Buffer] = []
+    for plan, step in zip(plans, steps):
+        buffer = [np.full(step.width, -1) for _ in range(plans[0].needed.shape[1])]
+        for transfer in step.receives:
+            assert transfer.count > 0
+            message = sent[transfer.peer, plan.rank].pop(0)
+            for part, positions, blocks in zip(buffer, transfer.blocks, message, strict=True):
+                assert positions.size == len(blocks)
+                assert (part[positions] == -1).all()  # nothing is written twice
+                part[positions] = blocks
+        arrived.append(buffer)
+    assert not any(sent.values())  # every send has its receive
+    return arrived
+
+
+def look(plan: rf.Plan, mask: rf.BlockMask, buffer: Buffer, seen: Array) -> None:
+    """Adds the blocks that the mask of a step sees, by their global numbers, to `seen`."""
+    size = plan.layout.block_size
+    states = mask.block_map()  # [B, H, rows, width]
+    assert (mask.q_starts == plan.layout.blocks_of(plan.rank) * size).all()
+    assert mask.kv_len == mask.kv_blocks * size
+    for group, blocks in enumerate(buffer):
+        starts = mask.kv_starts[group % mask.kv_starts.shape[0]]
+        filled = blocks >= 0
+        assert (starts[filled] == blocks[filled] * size).all()
+        assert (starts[~filled] >= plan.seq_len).all()  # padding, to the kernels
+        assert not states[group][..., ~filled].any()
+        assert not seen[group][..., blocks[filled]][states[group][..., filled] > 0].any()
+        seen[group][..., blocks[filled]] += states[group][..., filled]
+
+
+def check_needs(case: Case, plans: list[rf.Plan]) -> None:
+    """What is needed, sent and counted, against the dense mask."""
+    W, layout, size = plans[0].world_size, plans[0].layout, case.block_size
+    groups = plans[0].needed.shape[1]
+    padded = layout.blocks * size
+    dense = np.zeros((case.B, padded, padded), dtype=bool)
+    dense[:, : case.seq_len, : case.seq_len] = dense_mask(case).any(dim=1).numpy()
+    blocks = dense.reshape(case.B, layout.blocks, size, layout.blocks, size).any(axis=(2, 4))
+    needed = np.stack([blocks[:, layout.blocks_of(r)].any(axis=1) for r in range(W)])
+    assert groups in (1, case.B)
+    if groups == 1:  # the mask is common to the batch
+        assert (needed == needed[:, :1]).all()
+    needed = needed[:, :groups]
+    assert (plans[0].needed == needed).all()
+
+    owned = layout.owner[None, :] == np.arange(W)[:, None]
+    real = int((np.arange(layout.blocks) < layout.real_blocks).sum())
+    for plan in plans:
+        rank, stats = plan.rank, plan.stats
+        received = {
+            "direct": needed[rank] & ~owned[rank],
+            "all_gather": np.broadcast_to(~owned[rank], needed[rank].shape),
+            "ring": np.zeros_like(needed[rank]),
+        }
+        received["all_gather"] = received["all_gather"] & (np.arange(layout.blocks) < real)
+        for d in range(1, W):  # a block passes through a rank if a rank from there on needs it
+            owner = (rank - d) % W
+            further = [(owner + e) % W for e in range(d, W)]
+            received["ring"] |= owned[owner] & needed[further].any(axis=0)
+        assert sum(stats.blocks_received) == received[plan.strategy].sum()
+        assert sum(stats.gradient_blocks_sent) == received["direct"].sum()
+        assert stats.batch_groups == groups
+        assert stats.remote_blocks == (~owned[rank] & (np.arange(layout.blocks) < real)).sum() * (
+            groups
+        )
+        assert stats.work == tuple(p.rows.visible_blocks for p in plans)
+    for what in ("blocks", "gradient_blocks"):
+        sent = sum(sum(getattr(p.stats, f"{what}_sent")) for p in plans)
+        assert sent == sum(sum(getattr(p.stats, f"{what}_received")) for p in plans)
+
+
+def plans_of(case: Case, world_size: int, layout: str, strategy: str) -> list[rf.Plan]:
+    return rf.plan_all(
+        case.mask_mod(),
+        case.seq_len,
+        world_size,
+        B=case.B,
+        H=case.Hq,
+        layout=layout,
+        strategy=strategy,
+        block_size=case.block_size,
+    )
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_steps_of_all_ranks_fit_together(layout: str, strategy: str, data: st.DataObject) -> None:
+    case = Case(
+        mask=data.draw(st.sampled_from(list(MASKS))),
+        seq_len=data.draw(st.integers(1, 320)),
+        block_size=data.draw(st.sampled_from([7, 16, 32])),
+    )
+    plans = plans_of(case, data.draw(st.integers(1, 9)), layout, strategy)
+    play(plans)
+    check_needs(case, plans)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_mask(mask: str) -> None:
+    case = Case(mask=mask, seq_len=200)
+    for turn, layout in enumerate(LAYOUTS):
+        plans = plans_of(case, 5, layout, STRATEGIES[(turn + list(MASKS).index(mask)) % 3])
+        play(plans)
+        check_needs(case, plans)
+        dense = dense_mask(case)
+        for plan in plans:
+            rows = plan.rows.to_dense()[:, :, plan.valid, : case.seq_len]
+            expected = dense.index_select(2, plan.positions[plan.valid])
+            assert torch.equal(rows.expand_as(expected), expected)
+
+
+def test_nobody_sends_what_nobody_sees() -> None:
+    for strategy in ("ring", "direct"):
+        for plan in plans_of(Case(mask="nothing"), 4, "zigzag", strategy):
+            assert len(plan.steps) == 1
+            assert sum(plan.stats.blocks_received) == 0
+            assert plan.stats.skipped == 1
+
+
+def test_batch_elements_get_only_what_they_need() -> None:
+    """Documents differ from row to row of the batch: the second row is one document."""
+    ids = torch.stack([torch.arange(128) // 32, torch.zeros(128, dtype=torch.int64)])
+    plans = rf.plan_all(
+        rf.document(ids), 128, 4, B=2, layout="contiguous", strategy="direct", block_size=16
+    )
+    for plan in plans:
+        # Two blocks a rank: the first row's document is local, the second row needs all the rest.
+        assert sum(plan.stats.blocks_received) == 6
+        for step in plan.steps[1:]:
+            assert [[b.size for b in t.blocks] for t in step.receives] == [[0, 2]]
+
+
+def test_a_ring_passes_on_what_is_needed_further_along() -> None:
+    """Only rank 2 sees rank 0's keys: rank 1 carries them, rank 3 never has them."""
+    mask = lambda b, h, q_idx, kv_idx: (q_idx >= 64) & (q_idx < 96) & (kv_idx < 32)
+    plans = rf.plan_all(mask, 128, 4, layout="contiguous", strategy="ring", block_size=32)
+    assert [p.stats.blocks_received for p in plans] == [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)]
+    assert [p.stats.blocks_sent for p in plans] == [(0, 1, 0), (0, 0, 1), (0, 0, 0), (0, 0, 0)]
+    assert plans[2].stats.gradient_blocks_sent == (0, 0, 1)
+    assert plans[0].stats.gradient_blocks_received == (0, 0, 1)
+    assert [s.mask is not None for s in plans[2].steps] == [False, False, True]
