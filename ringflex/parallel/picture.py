@@ -49,15 +49,16 @@ def _colours(ranks: int) -> Any:
 def _draw_mask(plan: Plan, axes: Any, colours: Any) -> None:
     layout = plan.layout
     cells = min(_CELLS, layout.real_blocks)
-    edges = np.arange(cells + 1) * layout.real_blocks // cells * layout.block_size
-    edges = np.minimum(edges, plan.seq_len)
+    blocks = np.arange(cells + 1) * layout.real_blocks // cells
+    edges = np.minimum(blocks * layout.block_size, plan.seq_len)
     y, x = (a.reshape(-1) for a in np.meshgrid(np.arange(cells), np.arange(cells), indexing="ij"))
     zero = np.zeros_like(y)
     rectangles = Rectangles(zero, zero, edges[y], edges[y + 1] - 1, edges[x], edges[x + 1] - 1)
     code = MaskBounds(plan.rows.mask).classify(rectangles)
     ink = np.select([code == ALL, code == NONE], [1.0, 0.0], 0.55)[:, None]
-    owner = layout.owner[edges[x] // layout.block_size]
-    image = (ink * colours[owner] + (1 - ink)).reshape(cells, cells, 3)
+    by_block = colours[layout.owner[: layout.real_blocks]]
+    mixed = np.add.reduceat(by_block, blocks[:-1], axis=0) / np.diff(blocks)[:, None]
+    image = (ink * mixed[x] + (1 - ink)).reshape(cells, cells, 3)
     axes.imshow(image, extent=(0, plan.seq_len, plan.seq_len, 0), interpolation="nearest")
     axes.set_title("who holds the keys that are seen\n(pale: partly seen)", fontsize=10)
     axes.set_xlabel("key position (tokens)")
