@@ -107,20 +107,30 @@ class TracedMod:
         """
         inputs = [b, h, q_idx, kv_idx] if score is None else [score, b, h, q_idx, kv_idx]
         inputs += self.captures if captures is None else captures
-        if not self.scalar:
-            return self._evaluate_by_vmap(inputs, len(inputs) - len(self.captures))
+        if self.scalar:
+            return self._run(*inputs)
+        arguments = len(inputs) - len(self.captures)
+        shape = torch.broadcast_shapes(*(x.shape for x in inputs[:arguments]))
+        flat = [x.expand(shape).reshape(-1) for x in inputs[:arguments]]
+        in_dims = (0,) * arguments + (None,) * len(self.captures)
+        mapped = torch.vmap(self._run, in_dims=in_dims)
+        return mapped(*flat, *inputs[arguments:]).reshape(shape)
+
+    def _run(self, *inputs: Tensor) -> Tensor:
+        """The graph's operations in order, over tensors of elements or (in vmap) one element."""
         values: dict[fx.Node, Any] = {}
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
                 values[node] = inputs[len(values)]
             elif node.op == "call_function":
-                values[node] = self._run(node, values)
+                values[node] = self._operate(node, values)
             else:
-                return values[node.args[0]]
+                result: Tensor = values[node.args[0]]
+                return result
         raise AssertionError("a graph ends with its output")
 
-    def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        varies = node in self.varying
+    def _operate(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        varies = node in self.varying and self.scalar
 
         def value(arg: fx.Node) -> Any:
             x = values[arg]
@@ -140,13 +150,6 @@ class TracedMod:
             result = result.to(traced.dtype)
         return result
 
-    def _evaluate_by_vmap(self, inputs: Sequence[Tensor], arguments: int) -> Tensor:
-        shape = torch.broadcast_shapes(*(x.shape for x in inputs[:arguments]))
-        flat = [x.expand(shape).reshape(-1) for x in inputs[:arguments]]
-        in_dims = (0,) * arguments + (None,) * len(self.captures)
-        mapped = torch.vmap(self.module, in_dims=in_dims)
-        return mapped(*flat, *inputs[arguments:]).reshape(shape)
-
     def to(self, device: torch.device) -> TracedMod:
         """The same mod with its captured tensors (detached) on `device`."""
         if all(c.device == device for c in self.captures):
@@ -165,16 +168,16 @@ class TracedMod:
 
 
 def _read(table: Tensor, indices: Sequence[Tensor]) -> Tensor:
-    whole = len(indices) == table.ndim and all(index is not None for index in indices)
-    if not (whole and table.requires_grad and table.device.type == "cpu"):
+    if None in indices or not (table.requires_grad and table.device.type == "cpu"):
         return _INDEX(table, indices)
     # On a CPU the gradient of index() adds in parallel, in any order; that of index_select() is
     # serial, so the same inputs give the same bits.
     linear: Tensor | int = 0
-    for size, index in zip(table.shape, indices, strict=True):
+    for size, index in zip(table.shape, indices, strict=False):
         linear = linear * size + torch.where(index < 0, index + size, index)
     assert isinstance(linear, Tensor)
-    return table.reshape(-1).index_select(0, linear.reshape(-1)).reshape(linear.shape)
+    rows = table.flatten(0, len(indices) - 1).index_select(0, linear.reshape(-1))
+    return rows.reshape(*linear.shape, *table.shape[len(indices) :])
 
 
 def trace_mask(mask_mod: Callable[..., Tensor]) -> TracedMod:

@@ -1,12 +1,12 @@
 """The numbers of the distributed path: every rank's part against the dense reference.
 
-One call of the pool runs one case over all layouts and strategies; each rank compares its own rows
-with the reference that the test's process computed, and returns what has to be summed over ranks.
+One call of the pool runs one case over several layouts and strategies; each rank compares its own
+rows with the reference that the test's process computed, and returns what has to be summed over
+ranks.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import product
 
 import pytest
 import torch
@@ -33,11 +33,10 @@ from ringflex.reference import Reference
 
 Combination = tuple[str, str]  # layout, strategy
 
-EVERY_COMBINATION = list(product(LAYOUTS, STRATEGIES))
-
 
 def three(turn: int) -> list[Combination]:
-    """Each layout and each strategy once; three successive turns make every combination."""
+    """Each layout and each strategy once; three successive turns make all nine combinations, so
+    that 2, 3 and 4 ranks together have run each."""
     return [(layout, STRATEGIES[(i + turn) % 3]) for i, layout in enumerate(LAYOUTS)]
 
 
@@ -117,20 +116,16 @@ def check(
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_mask(pool: RankPool, mask: str, world_size: int) -> None:
-    turn = list(MASKS).index(mask)
-    combinations = EVERY_COMBINATION if world_size == 3 else three(turn + world_size)
-    check(pool, world_size, Case(mask=mask), combinations)
+    check(pool, world_size, Case(mask=mask), three(world_size))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("score", SCORES)
 def test_every_score(pool: RankPool, score: str, world_size: int) -> None:
-    turn = list(SCORES).index(score)
-    combinations = EVERY_COMBINATION if world_size == 4 else three(turn + world_size)
-    check(pool, world_size, Case(mask="causal documents", score=score), combinations)
+    check(pool, world_size, Case(mask="causal documents", score=score), three(world_size))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("world_size", [1, 3, 8])
 @pytest.mark.parametrize(
     "case",
     [
