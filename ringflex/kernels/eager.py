@@ -20,7 +20,8 @@ inputs are multiplied and accumulated in fp32, fp64 in fp64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +142,19 @@ _PullBack = Callable[[Tensor], Tensor]
 
 def _identity(ds: Tensor) -> Tensor:
     return ds
+
+
+@contextmanager
+def _repeatable(captures: Sequence[Tensor]) -> Iterator[None]:
+    """On a CPU, gradients of indexed rows are otherwise added in parallel, in any order."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if any(c.device.type == "cpu" for c in captures):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def _hide(s: Tensor, hidden: Tensor | None) -> Tensor:
@@ -277,7 +291,8 @@ class _Tiles:
             wanted = [c for c in captures if c.requires_grad]
             grads: Sequence[Tensor | None] = [None] * (1 + len(wanted))
             if modified.requires_grad:
-                grads = torch.autograd.grad(modified, [leaf, *wanted], ds, allow_unused=True)
+                with _repeatable(wanted):
+                    grads = torch.autograd.grad(modified, [leaf, *wanted], ds, allow_unused=True)
             into = [d for d in dcaptures if d is not None]
             for total, grad in zip(into, grads[1:], strict=True):
                 if grad is not None:

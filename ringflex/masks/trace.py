@@ -140,7 +140,7 @@ class TracedMod:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         if node.target is _INDEX:
             table, indices = args  # type: ignore[misc]
-            return _read(table, indices)  # type: ignore[arg-type]
+            return _read(table, indices) if self.scalar else _INDEX(table, indices)  # type: ignore
         if "device" in kwargs:  # a constant made inside the mod lives where the indices live
             kwargs = {**kwargs, "device": next(iter(values.values())).device}
         assert callable(node.target)
