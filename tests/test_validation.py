@@ -1,4 +1,4 @@
-"""What users read when a call on one device is refused. Over ranks: parallel/test_agreement.py."""
+"""What users read when a call on one device is refused. Over ranks: parallel/test_attention_agreement.py."""
 
 from typing import Any
 

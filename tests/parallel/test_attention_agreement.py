@@ -1,11 +1,9 @@
-"""Bad input: an error on every rank and no hang, also if only one rank is given it.
+"""Bad input to flex_attention() with a plan: an error on every rank, and no hang.
 
-A mistake is data: the arguments that it replaces, by name. Every mistake is made by all ranks, who
-must each say what is wrong, and by one alone, whom the others must hear of.
+Tensors have 2 batch elements, 4 query heads, 2 key heads, D = 8, and 48 slots on each rank.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,254 +13,19 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
 import ringflex as rf
+from parallel.mistakes import (
+    DOCUMENTS,
+    OFFENDER,
+    OTHER_DOCUMENTS,
+    SECONDS,
+    Mistake,
+    S,
+    W,
+    check_disagreement,
+    check_refusal,
+    good_plan_arguments,
+)
 from rank_pool import RankPool
-
-W, S = 3, 100
-OFFENDER = 1
-SECONDS = 30  # for a case; a hang is a failure, not a wait
-
-DOCUMENTS = torch.arange(S) // 9
-OTHER_DOCUMENTS = DOCUMENTS.clone()
-OTHER_DOCUMENTS[57] = 99
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mistake:
-    """change: from the good arguments to the ones that differ. error, text: what the rank that
-    makes it must say by itself; a text of "" is a mistake only beside other ranks that do not."""
-
-    change: Callable[[], dict[str, Any]]
-    error: type[Exception] = ValueError
-    text: str = ""
-
-
-def branching(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    return kv_idx <= q_idx if q_idx > 10 else kv_idx == 0
-
-
-def indices(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    return q_idx - kv_idx
-
-
-def head_dependent(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    return q_idx - kv_idx <= h
-
-
-def layout_for(seq_len: int, world_size: int, block_size: int) -> Callable[[], dict[str, Any]]:
-    return lambda: {"layout": rf.make_layout("zigzag", seq_len, world_size, block_size)}
-
-
-def shifted_layout() -> rf.Layout:
-    """Of the same name as another, with other owners."""
-    layout = rf.make_layout("contiguous", S, W, 16)
-    return rf.Layout(
-        name="contiguous", seq_len=S, world_size=W, block_size=16, owner=(layout.owner + 1) % W
-    )
-
-
-PLAN_REFUSALS = {
-    "no tokens": Mistake(
-        change=lambda: {"seq_len": 0}, text="seq_len must be a positive int, got 0"
-    ),
-    "float tokens": Mistake(
-        change=lambda: {"seq_len": 100.0}, text="seq_len must be a positive int, got 100.0"
-    ),
-    "tensor tokens": Mistake(
-        change=lambda: {"seq_len": torch.tensor(100)},
-        text="seq_len must be a positive int, got tensor(100)",
-    ),
-    "no block": Mistake(
-        change=lambda: {"block_size": 0}, text="block_size must be a positive int, got 0"
-    ),
-    "block pair": Mistake(
-        change=lambda: {"block_size": (16, 16)},
-        text="block_size must be a positive int, got (16, 16)",
-    ),
-    "no batch": Mistake(change=lambda: {"B": 0}, text="B must be a positive int, got 0"),
-    "negative heads": Mistake(change=lambda: {"H": -1}, text="H must be a positive int, got -1"),
-    "unknown layout": Mistake(
-        change=lambda: {"layout": "spiral"}, text="layout='spiral' is not one of auto, contiguous"
-    ),
-    "layout of another type": Mistake(
-        change=lambda: {"layout": 3}, text="layout=3 is not one of auto, contiguous"
-    ),
-    "layout for another length": Mistake(
-        change=layout_for(S + 1, W, 16),
-        text="the layout is for (seq_len, world_size, block_size) = (101, 3, 16), this plan for "
-        "(100, 3, 16)",
-    ),
-    "layout for another group": Mistake(
-        change=layout_for(S, W + 1, 16),
-        text="the layout is for (seq_len, world_size, block_size) = (100, 4, 16)",
-    ),
-    "layout for other blocks": Mistake(
-        change=layout_for(S, W, 32),
-        text="the layout is for (seq_len, world_size, block_size) = (100, 3, 32)",
-    ),
-    "unknown strategy": Mistake(
-        change=lambda: {"strategy": "fastest"},
-        text="strategy='fastest' is not one of auto, ring, direct, all_gather",
-    ),
-    "no masks": Mistake(change=lambda: {"mask_mod": {}}, text="empty dict of masks"),
-    "no mask": Mistake(
-        change=lambda: {"mask_mod": 3},
-        error=TypeError,
-        text="mask_mod must be a function mask_mod(b, h, q_idx, kv_idx), got int: 3",
-    ),
-    "block mask for mask": Mistake(
-        change=lambda: {"mask_mod": rf.create_block_mask(rf.causal(), None, None, S, S)},
-        error=TypeError,
-        text="mask_mod must be a function mask_mod(b, h, q_idx, kv_idx), got BlockMask",
-    ),
-    "score mod for mask": Mistake(
-        change=lambda: {"mask_mod": rf.softcap(3.0)},
-        error=TypeError,
-        text="mask_mod 'softcap_score' must be callable as mask_mod(b, h, q_idx, kv_idx)",
-    ),
-    "mask of numbers": Mistake(
-        change=lambda: {"mask_mod": indices},
-        error=TypeError,
-        text="mask_mod 'indices' must return a boolean tensor",
-    ),
-    "mask of Python": Mistake(
-        change=lambda: {"mask_mod": lambda b, h, q_idx, kv_idx: True},
-        error=TypeError,
-        text="mask_mod '<lambda>' must return a boolean tensor",
-    ),
-    "mask that branches": Mistake(
-        change=lambda: {"mask_mod": branching},
-        text="mask_mod 'branching' turns a tensor into a Python value",
-    ),
-    "mask of b without B": Mistake(
-        change=lambda: {"mask_mod": rf.document(torch.zeros(2, S, dtype=torch.int64)), "B": None},
-        text="mask 'document(2x100)' depends on b: pass B=the number of batch elements",
-    ),
-    "mask of h without H": Mistake(
-        change=lambda: {"mask_mod": head_dependent, "H": None},
-        text="mask 'head_dependent' depends on h: pass H=the number of query heads",
-    ),
-    "one mask of several": Mistake(
-        change=lambda: {"mask_mod": {"local": rf.causal(), "global": branching}},
-        text="mask_mod 'branching' turns a tensor into a Python value",
-    ),
-}
-
-# Right in themselves; the other ranks pass something else.
-PLAN_DISAGREEMENTS = {
-    "seq_len": Mistake(change=lambda: {"seq_len": S - 1}),
-    "mask": Mistake(change=lambda: {"mask_mod": rf.causal()}),
-    "mask of the same name": Mistake(
-        change=lambda: {"mask_mod": rf.MaskMod(rf.causal(), "document(100)")}
-    ),
-    "captured values": Mistake(change=lambda: {"mask_mod": rf.document(OTHER_DOCUMENTS)}),
-    "captured dtype": Mistake(change=lambda: {"mask_mod": rf.document(DOCUMENTS.int())}),
-    "captured shape": Mistake(
-        change=lambda: {"mask_mod": rf.document(torch.cat([DOCUMENTS, DOCUMENTS]))}
-    ),
-    "layout": Mistake(change=lambda: {"layout": "striped"}),
-    "layout's owners": Mistake(change=lambda: {"layout": shifted_layout()}),
-    "strategy": Mistake(change=lambda: {"strategy": "direct"}),
-    "block_size": Mistake(change=lambda: {"block_size": 32}),
-    "B": Mistake(change=lambda: {"B": 5}),
-    "H": Mistake(change=lambda: {"H": None}),
-    "number of masks": Mistake(
-        change=lambda: {"mask_mod": {"local": rf.document(DOCUMENTS), "global": rf.causal()}}
-    ),
-    "name of the mask": Mistake(change=lambda: {"mask_mod": {"local": rf.document(DOCUMENTS)}}),
-}
-
-
-def good_plan_arguments() -> dict[str, Any]:
-    return {
-        "mask_mod": rf.document(DOCUMENTS),
-        "seq_len": S,
-        "B": 2,
-        "H": 4,
-        "layout": "contiguous",
-        "strategy": "ring",
-        "block_size": 16,
-    }
-
-
-def plan_on_rank(group: dist.ProcessGroup, mistakes: str, name: str, ranks: list[int]) -> None:
-    arguments = good_plan_arguments()
-    if dist.get_rank(group) in ranks:
-        arguments |= globals()[mistakes][name].change()
-    rf.plan(group=group, **arguments)
-
-
-def check_refusal(errors: list[BaseException], mistake: Mistake, ranks: list[int]) -> None:
-    """The ranks that made the mistake say what is wrong, the others who said so."""
-    for rank, error in enumerate(errors):
-        if rank in ranks:
-            assert type(error) is mistake.error, error
-            assert mistake.text in str(error)
-        else:
-            assert type(error) is ValueError, error
-            assert str(error).startswith(f"rank {ranks[0]} refused: ")
-            assert mistake.text in str(error)
-
-
-def check_disagreement(errors: list[BaseException]) -> None:
-    assert len({str(error) for error in errors}) == 1
-    for error in errors:
-        assert type(error) is ValueError, error
-        first, *said = str(error).splitlines()
-        assert first == "ranks disagree; all ranks of the group must pass the same."
-        assert said[0].startswith("rank 0: ")
-        assert said[1].startswith(f"rank {OFFENDER}: ")
-        # The reader must be able to tell the two apart.
-        assert said[0].split(": ", 1)[1] != said[1].split(": ", 1)[1] or "differ" in said[2]
-
-
-@pytest.mark.parametrize("ranks", [[0, 1, 2], [OFFENDER]], ids=["all", "one"])
-@pytest.mark.parametrize("name", PLAN_REFUSALS)
-def test_plan_refuses(pool: RankPool, name: str, ranks: list[int]) -> None:
-    errors = pool.errors(plan_on_rank, W, "PLAN_REFUSALS", name, ranks, timeout=SECONDS)
-    check_refusal(errors, PLAN_REFUSALS[name], ranks)
-
-
-@pytest.mark.parametrize("name", PLAN_DISAGREEMENTS)
-def test_plans_disagree(pool: RankPool, name: str) -> None:
-    check_disagreement(
-        pool.errors(plan_on_rank, W, "PLAN_DISAGREEMENTS", name, [OFFENDER], timeout=SECONDS)
-    )
-
-
-TOO_SHORT: dict[str, Callable[[], Callable[..., Tensor]]] = {
-    "document(60)": lambda: rf.document(DOCUMENTS[:60]),
-    "document(61)": lambda: rf.document(torch.zeros(61, dtype=torch.int64)),  # one document
-    "document(2x62)": lambda: rf.document(torch.zeros(2, 62, dtype=torch.int64)),
-    "document(1x100)": lambda: rf.document(DOCUMENTS[None]),  # B = 2
-    "prefix_lm([1])": lambda: rf.prefix_lm(torch.tensor([7])),
-}
-
-
-def too_short_on_rank(group: dist.ProcessGroup, name: str) -> None:
-    rf.plan(TOO_SHORT[name](), S, group, B=2, block_size=16)
-
-
-@pytest.mark.parametrize("name", TOO_SHORT)
-def test_captured_tensors_that_are_too_short(pool: RankPool, name: str) -> None:
-    """Each is read out of bounds somewhere, also where no block is left undecided."""
-    for error in pool.errors(too_short_on_rank, W, name, timeout=SECONDS):
-        assert type(error) is ValueError, error
-        assert name in str(error)
-
-
-def test_plan_all_refuses_like_plan() -> None:
-    for name, mistake in PLAN_REFUSALS.items():
-        if name in ("no masks", "one mask of several"):  # plan_all takes one mask
-            continue
-        arguments = good_plan_arguments() | mistake.change()
-        with pytest.raises(mistake.error) as caught:
-            rf.plan_all(world_size=W, **arguments)
-        assert mistake.text in str(caught.value), name
-    with pytest.raises(ValueError, match="world_size must be a positive int, got 0"):
-        rf.plan_all(rf.causal(), S, 0)
-
-
-# flex_attention with a plan: 2 batch elements, 4 query heads, 2 key heads, D = 8, 48 local slots.
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
@@ -490,16 +253,6 @@ def test_captured_score_table_that_is_too_short(pool: RankPool) -> None:
         assert "(4, 60)" in str(error)
 
 
-def wrong_group_on_rank(group: dist.ProcessGroup, wrong: object) -> None:
-    rf.plan(rf.causal(), S, wrong)
-
-
-def test_what_is_no_group(pool: RankPool) -> None:
-    for error in pool.errors(wrong_group_on_rank, W, "world", timeout=SECONDS):
-        assert type(error) is TypeError
-        assert "group must be a ProcessGroup or a 1-D DeviceMesh, got str" in str(error)
-
-
 def groupless_on_rank(group: dist.ProcessGroup) -> None:
     plan = rf.plan_all(rf.causal(), S, W, block_size=16)[dist.get_rank(group)]
     rf.flex_attention(*qkv(Hkv=4).values(), block_mask=plan)
@@ -528,8 +281,8 @@ def test_a_plan_of_another_group(pool: RankPool) -> None:
 def recovers_on_rank(group: dist.ProcessGroup) -> None:
     """Refused calls leave the group, the plan and its cache as they were."""
     for _ in range(2):
-        with pytest.raises(ValueError, match="rank"):
-            plan_on_rank(group, "PLAN_DISAGREEMENTS", "seq_len", [OFFENDER])
+        with pytest.raises(ValueError, match="ranks disagree"):
+            rf.plan(rf.causal(), S + dist.get_rank(group), group)
         with pytest.raises(ValueError, match=r"rank|scale"):
             attention_on_rank(group, "ATTENTION_REFUSALS", "scale of nan", [OFFENDER])
         with pytest.raises(ValueError, match="ranks disagree"):
