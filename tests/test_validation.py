@@ -1,4 +1,4 @@
-"""What users read when a call on one device is refused. Over ranks: parallel/test_attention_agreement.py."""
+"""Checks of what users pass to rf.flex_attention: the type of each error, and its text."""
 
 from typing import Any
 
