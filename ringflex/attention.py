@@ -12,13 +12,14 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 from torch.nn.attention.flex_attention import BlockMask as TorchBlockMask
 
 from ringflex import validation as check
-from ringflex.kernels.eager import compute_dtype
-from ringflex.kernels.select import select
+from ringflex.kernels.contract import KernelOptions, compute_dtype
+from ringflex.kernels.select import Selection, select
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.builder import create_block_mask
 from ringflex.masks.from_torch import from_torch
 from ringflex.masks.mods import full
-from ringflex.masks.trace import TracedMod, trace_score
+from ringflex.masks.trace import TracedMod
+from ringflex.masks.trace_cache import traced_score
 from ringflex.parallel.autograd import Attention
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.planner import single_device_plan
@@ -50,16 +51,17 @@ def flex_attention(
     Args:
         query: `[B, Hq, Sq, D]`; bf16, fp16, fp32 or fp64; any strides.
         key: `[B, Hkv, Skv, D]`. value: `[B, Hkv, Skv, Dv]`.
-        score_mod: `score_mod(score, b, h, q_idx, kv_idx) -> score`, traced at every call; tensors
-            that it captures get gradients.
+        score_mod: `score_mod(score, b, h, q_idx, kv_idx) -> score`; tensors that it captures get
+            gradients. It is traced once for the same code and kind of captured values.
         block_mask: ringflex's or torch's BlockMask, a `Plan`, or None: everything is visible.
         scale: factor of the scores, default `1 / sqrt(D)`.
         enable_gqa: allow `Hq` to be a multiple of `Hkv`.
         return_lse: return `(out, lse)`.
-        kernel_options: none exist yet; must be None or empty.
+        kernel_options: a dict of `ringflex.kernels.contract.KernelOptions`: deterministic, backward,
+            approximate_tanh, tune, tiles, tma.
         return_aux: torch's `AuxRequest`; `lse` can be had, `max_scores` cannot.
         sinks: `[Hq]`, a learned logit per head that takes part in the softmax without a value.
-        backend: "auto" or "eager".
+        backend: "auto" (Triton on GPUs, eager on CPUs), "triton" or "eager".
 
     Returns:
         `out [B, Hq, Sq, Dv]` in the query's dtype; with `return_lse` also `lse [B, Hq, Sq]`,
@@ -74,11 +76,11 @@ def flex_attention(
     comm = block_mask.comm if isinstance(block_mask, Plan) and block_mask.world_size > 1 else None
     error: Exception | None = None
     try:
-        plan, score, resolved_scale = _resolve(
+        options = KernelOptions.of(kernel_options)
+        plan, score, resolved_scale, chosen = _resolve(
             query, key, value, score_mod, block_mask, scale, enable_gqa, return_lse,
-            kernel_options, return_aux, sinks,
+            return_aux, sinks, backend,
         )  # fmt: skip
-        kernel = select(backend).kernel
     except Exception as problem:  # the other ranks must hear of it where they wait for this one
         if comm is None:
             raise
@@ -88,13 +90,14 @@ def flex_attention(
         identity = ""
         if error is None:
             identity = _identity(plan, query, key, value, score, resolved_scale, sinks)
+            identity += f", backend {chosen.name}, {options}"
         # On GPUs reading the answer would stall the stream: ask once for each kind of call.
         if error or not comm.on_gpu or identity not in block_mask.cache:
             comm.agree(identity, hashlib.blake2b(identity.encode(), digest_size=16).digest(), error)
             block_mask.cache[identity] = True
     captures = () if score is None else score.captures
     out, lse = Attention.apply(
-        plan, kernel, score, resolved_scale, query, key, value, sinks, *captures
+        plan, chosen.kernel, score, resolved_scale, options, query, key, value, sinks, *captures
     )
     if return_aux is not None:
         return out, AuxOutput(lse=lse if return_aux.lse else None)
@@ -110,14 +113,12 @@ def _resolve(
     scale: float | None,
     enable_gqa: bool,
     return_lse: bool,
-    kernel_options: dict[str, Any] | None,
     return_aux: AuxRequest | None,
     sinks: Tensor | None,
-) -> tuple[Plan, TracedMod | None, float]:
-    """Checked arguments: the plan to run, the traced score mod, the scale."""
+    backend: str,
+) -> tuple[Plan, TracedMod | None, float, Selection]:
+    """Checked arguments: the plan to run, the traced score mod, the scale, the kernel."""
     check.check_tensors(query, key, value, enable_gqa=enable_gqa)
-    if kernel_options:
-        raise ValueError(f"kernel_options must be empty, got {sorted(kernel_options)}")
     if return_aux is not None and return_lse:
         raise ValueError("pass return_lse or return_aux, not both")
     if return_aux is not None and return_aux.max_scores:
@@ -142,10 +143,11 @@ def _resolve(
         )
     score = None
     if score_mod is not None:
-        score = trace_score(score_mod, compute_dtype(query.dtype))
+        score = traced_score(score_mod, compute_dtype(query.dtype))
         check.check_score(score, query)
         check.check_score_reads(score, plan, query)
-    return plan, score, check.resolve_scale(scale, query.shape[3])
+    chosen = select(backend, query, value, plan.rows, score)
+    return plan, score, check.resolve_scale(scale, query.shape[3]), chosen
 
 
 def _identity(

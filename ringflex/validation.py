@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringflex.kernels.eager import compute_dtype
+from ringflex.kernels.contract import compute_dtype
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.trace import TracedMod
 from ringflex.parallel.plan import Plan

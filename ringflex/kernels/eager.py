@@ -22,11 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ringflex.kernels.contract import Gradients, KernelOptions, Partial, compute_dtype
 from ringflex.kernels.tiles import Chunk, chunks_of
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.trace import TracedMod
@@ -35,9 +37,11 @@ _SCORES_IN_FLIGHT = {"cpu": 1 << 20, "cuda": 1 << 26}
 _ELEMENTS_KEPT = 1 << 26  # of a mask evaluated in partial blocks, one byte each
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores, lse and accumulation for inputs of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class RowTerms(NamedTuple):
+    """lse and `delta = dout . out - dlse`, `[B, Hq, q_len]`, in the compute dtype."""
+
+    lse: Tensor
+    delta: Tensor
 
 
 def forward(
@@ -47,20 +51,26 @@ def forward(
     mask: BlockMask,
     score: TracedMod | None,
     scale: float,
-    acc: tuple[Tensor, Tensor],
+    before: Partial | None,
+    after: Partial,
+    options: KernelOptions,
 ) -> None:
-    """Attends to the K/V in hand and merges the partial result into `acc`.
-
-    Args:
-        q: `[B, Hq, q_len, D]`. k: `[B, Hkv, kv_len, D]`. v: `[B, Hkv, kv_len, Dv]`.
-        mask: the block mask over `q_len` x `kv_len`.
-        score: the traced score mod, or None.
-        scale: factor of the scores.
-        acc: running `(out [B, Hq, q_len, Dv], lse [B, Hq, q_len])` in the compute dtype; lse is
-            natural log, -inf where nothing was seen yet (and out is 0 there).
-    """
+    """See `contract`."""
+    dtype = compute_dtype(q.dtype)
+    assert after.out is not None
+    final = after.out.dtype != dtype
+    running = Partial(after.out.to(dtype) if final else after.out, after.lse)
+    assert running.out is not None
+    if before is None or before.out is None:
+        running.out.zero_()
+    elif before.out is not running.out:
+        running.out.copy_(before.out)
+    if before is None:
+        running.lse.fill_(-torch.inf)
+    elif before.lse is not running.lse:
+        running.lse.copy_(before.lse)
     tiles = _Tiles(q, k, v, mask, score, scale)
-    out, lse = tiles.query_blocks(acc[0]), tiles.query_blocks(acc[1])
+    out, lse = tiles.query_blocks(running.out), tiles.query_blocks(running.lse)
     for chunk in tiles.chunks:
         s, _ = tiles.scores(
             chunk, tiles.read_queries(tiles.q, chunk), tiles.read_keys(tiles.k, chunk)
@@ -79,8 +89,23 @@ def forward(
         )
         for x, value in zip((out, lse), merged, strict=True):
             tiles.write_queries(x, chunk, value)
-    tiles.store(acc[0], out)
-    tiles.store(acc[1], lse)
+    tiles.store(running.out, out)
+    tiles.store(running.lse, lse)
+    if final:
+        after.out.copy_(running.out)
+
+
+def row_terms(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    mask: BlockMask,
+    options: KernelOptions,
+) -> RowTerms:
+    """See `contract`."""
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    return RowTerms(lse, delta if dlse is None else delta - dlse)
 
 
 def backward(
@@ -88,33 +113,25 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+    terms: RowTerms,
     mask: BlockMask,
     score: TracedMod | None,
     scale: float,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dcaptures: Sequence[Tensor | None],
+    gradients: Gradients,
+    options: KernelOptions,
 ) -> None:
-    """Adds this K/V's share of the gradients into `dq`, `dk`, `dv` and `dcaptures`.
-
-    Args:
-        dout: `[B, Hq, q_len, Dv]`; q, k, v, mask, score, scale as in `forward`.
-        lse, delta: **global** over all K/V, compute dtype, `[B, Hq, q_len]`.
-        dq, dk, dv: accumulators in the compute dtype, shaped like q, k, v, contiguous.
-        dcaptures: accumulators shaped like the captured tensors, fp32 or fp64; None where no
-            gradient is wanted.
-    """
+    """See `contract`."""
+    dtype, g = compute_dtype(q.dtype), gradients
+    targets = ((g.dq, g.add_q), (g.dk, g.add_kv), (g.dv, g.add_kv))
+    dq, dk, dv = (x.to(dtype) if add else torch.zeros_like(x, dtype=dtype) for x, add in targets)
     tiles = _Tiles(q, k, v, mask, score, scale)
-    dout_, lse_, delta_, dq_ = (tiles.query_blocks(x) for x in (dout, lse, delta, dq))
+    dout_, lse_, delta_, dq_ = (tiles.query_blocks(x) for x in (dout, *terms, dq))
     dk_, dv_ = tiles.key_blocks(dk), tiles.key_blocks(dv)
     for chunk in tiles.chunks:
         q_c, k_c = tiles.read_queries(tiles.q, chunk), tiles.read_keys(tiles.k, chunk)
         dout_c = tiles.by_query(tiles.read_queries(dout_, chunk))
         lse_c = tiles.read_queries(lse_, chunk)
-        s, pull_back = tiles.scores(chunk, q_c, k_c, dcaptures)
+        s, pull_back = tiles.scores(chunk, q_c, k_c, gradients.dcaptures)
         # A row that sees nothing has lse = -inf; exp(s - inf) = 0 for all its scores.
         p = s.sub_(lse_c.masked_fill(lse_c == -torch.inf, torch.inf)[..., None]).exp_()
         ds = (dout_c @ tiles.read_keys(tiles.v, chunk).mT).view_as(p)
@@ -124,9 +141,10 @@ def backward(
         dq_c = tiles.read_queries(dq_, chunk)
         tiles.write_queries(dq_, chunk, dq_c + (ds @ k_c).view_as(dq_c))
         tiles.add_keys(dk_, chunk, ds.mT @ tiles.by_query(q_c))
-    tiles.store(dq, dq_)
-    tiles.store(dk, dk_)
-    tiles.store(dv, dv_)
+    for (target, _), x, blocks in zip(targets, (dq, dk, dv), (dq_, dk_, dv_), strict=True):
+        tiles.store(x, blocks)
+        if target is not x:
+            target.copy_(x)
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:

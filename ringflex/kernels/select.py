@@ -2,30 +2,126 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ringflex.kernels import eager
+from ringflex.masks.block_mask import BlockMask
+from ringflex.masks.trace import TracedMod
 
-BACKENDS: dict[str, ModuleType] = {"eager": eager}
+BACKENDS = ("eager", "triton")
+_LARGEST_DIM = 256
+_LONGEST = 2**30
 
 
 class Selection(NamedTuple):
-    """A kernel (a module with `forward` and `backward`) and the reason for its choice."""
+    """A kernel (a module, see `contract`) and the reason for its choice."""
 
     kernel: ModuleType
     name: str
     reason: str
 
 
-def select(backend: str) -> Selection:
-    """The kernel for `backend`: a name, or "auto".
+def select(
+    backend: str, q: Tensor, v: Tensor, mask: BlockMask, score: TracedMod | None
+) -> Selection:
+    """The kernel for these inputs: `backend` is a name, or "auto".
+
+    On a GPU, "auto" takes Triton wherever it serves, and warns, once for each reason, where it
+    must fall back to the eager kernel. On a CPU it takes the eager kernel.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name. NotImplementedError: the kernel asked for does not serve these
+            inputs; says why.
     """
-    if backend == "auto":
-        return Selection(eager, "eager", "the only implementation")
-    if backend not in BACKENDS:
+    if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")
-    return Selection(BACKENDS[backend], backend, "asked for")
+    if backend == "eager":
+        return Selection(eager, "eager", "asked for")
+    if backend == "auto" and q.device.type == "cpu":
+        return Selection(eager, "eager", "the inputs are on a CPU")
+    obstacle = _obstacle(q, v, mask, score)
+    if obstacle is None:
+        from ringflex.kernels import triton_kernel
+
+        return Selection(triton_kernel, "triton", "asked for" if backend == "triton" else "a GPU")
+    if backend == "triton":
+        raise NotImplementedError(f"backend='triton': {obstacle}")
+    warnings.warn(
+        f"flex_attention falls back to backend='eager', which is slow on a GPU: {obstacle}",
+        stacklevel=2,
+    )
+    return Selection(eager, "eager", obstacle)
+
+
+def _obstacle(q: Tensor, v: Tensor, mask: BlockMask, score: TracedMod | None) -> str | None:
+    """Why the Triton kernel cannot serve these inputs; None if it can."""
+    if q.dtype == torch.float64:
+        return "the inputs are fp64"
+    if max(q.shape[3], v.shape[3]) > _LARGEST_DIM:
+        return f"head dims {q.shape[3]} and {v.shape[3]} are larger than {_LARGEST_DIM}"
+    if any(size % 16 for size in mask.block_size):
+        return f"blocks of {mask.block_size} tokens are not multiples of 16"
+    if max(mask.q_limit, mask.kv_limit) > _LONGEST:
+        return f"sequences longer than {_LONGEST} tokens"
+    return _of_device(q.device, q.dtype) or _of_mask(mask, q.device) or _of_score(score, q.device)
+
+
+@functools.cache
+def _of_device(device: torch.device, dtype: torch.dtype) -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed"
+    interpreted = triton.knobs.runtime.interpret
+    if device.type == "cpu" and not interpreted:
+        return "the inputs are on a CPU, and Triton's interpreter (TRITON_INTERPRET=1) is off"
+    if device.type not in ("cpu", "cuda"):
+        return f"the inputs are on {device}"
+    if dtype == torch.bfloat16 and interpreted:
+        return "Triton's interpreter computes bf16 wrongly"
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"the GPU is sm_{major}{minor}, older than sm_80"
+    return None
+
+
+def _of_mask(mask: BlockMask, device: torch.device) -> str | None:
+    kept = mask.mask.cache
+    if ("obstacle", device) not in kept:
+        from ringflex.kernels.triton_mods import mask_mod
+
+        kept["obstacle", device] = _raised(lambda: mask_mod(mask, device))
+    obstacle: str | None = kept["obstacle", device]
+    return obstacle
+
+
+def _of_score(score: TracedMod | None, device: torch.device) -> str | None:
+    if score is None:
+        return None
+    if ("obstacle", device) not in score.cache:
+        from ringflex.kernels.triton_mods import ScoreMod
+
+        def lower() -> None:
+            mod = ScoreMod(score, device, approximate_tanh=False)
+            mod.function()
+            mod.gradient([t.requires_grad for t in mod.body.tables(score.captures)])
+
+        score.cache["obstacle", device] = _raised(lower)
+    obstacle: str | None = score.cache["obstacle", device]
+    return obstacle
+
+
+def _raised(lower: Callable[[], Any]) -> str | None:
+    try:
+        lower()
+    except NotImplementedError as problem:
+        return str(problem)
+    return None

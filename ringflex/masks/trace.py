@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,10 @@ class TracedMod:
         uses: names of the arguments that the result depends on.
         varying: the operations that depend on an argument; the others are computed once.
         scalar: every varying operation works on scalars, so the graph broadcasts.
+        approximate_tanh: tanh was written as attention-gym's `approx::tanh`: a kernel may use the
+            hardware's approximation.
+        retrace: the graph again, with the user's lines.
+        cache: what kernels made of the graph.
     """
 
     name: str
@@ -85,6 +89,9 @@ class TracedMod:
     uses: frozenset[str]
     varying: frozenset[fx.Node]
     scalar: bool
+    approximate_tanh: bool = False
+    retrace: Callable[[], fx.Graph] | None = None
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def evaluate(
         self,
@@ -227,11 +234,32 @@ def _trace(
         if "out of a tracing tensor" not in str(error) and "item()" not in str(error):
             raise
         raise ValueError(_branch_message(fn, kind, name, error)) from error
+    approximate = _replace_approximations(module)
     _make_functional(module, kind, name)
     _merge_nested_reads(module)
     captures = _lift_captures(module)
     uses, varying, scalar = _dependence(module.graph, names)
-    return TracedMod(name, module, captures, uses, varying, scalar)
+
+    def retrace() -> fx.Graph:
+        with IndexByTensor(), torch.no_grad():
+            return make_fx(positional, record_stack_traces=True)(*example).graph
+
+    return TracedMod(name, module, captures, uses, varying, scalar, approximate, retrace)
+
+
+def user_line(mod: TracedMod, node: fx.Node) -> str:
+    """Where the user wrote an operation of the mod, for messages; empty if that is not known."""
+    if mod.retrace is None:
+        return ""
+    written = next((n for n in mod.retrace().nodes if n.name == node.name), None)
+    frames = (written.meta.get("stack_trace") or "") if written is not None else ""
+    lines = [line.strip() for line in frames.splitlines()]
+    for i in reversed(range(len(lines))):
+        if lines[i].startswith("File ") and "/torch/" not in lines[i]:
+            code = lines[i + 1] if i + 1 < len(lines) else ""
+            path, number = lines[i].split('"')[1], lines[i].split("line ")[1].split(",")[0]
+            return f" ({path}:{number}: {code})"
+    return ""
 
 
 def _check_callable(fn: Any, kind: str, names: tuple[str, ...], name: str) -> None:
@@ -321,6 +349,16 @@ def _merge_nested_reads(module: fx.GraphModule) -> None:
         row = node.args[0]
         if row.target is _INDEX and all(i is not None and _is_scalar(i) for i in row.args[1]):
             node.args = (row.args[0], [*row.args[1], *node.args[1]])
+
+
+def _replace_approximations(module: fx.GraphModule) -> bool:
+    """attention-gym's `approx::tanh` is tanh, with a permission; was there one?"""
+    found = False
+    for node in module.graph.nodes:
+        if str(node.target).startswith("approx.tanh"):
+            node.target = torch.ops.aten.tanh.default
+            found = True
+    return found
 
 
 def _make_functional(module: fx.GraphModule, kind: str, name: str) -> None:

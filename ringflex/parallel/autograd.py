@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ringflex.kernels.contract import KernelOptions, Partial, compute_dtype
 from ringflex.masks.trace import TracedMod
 from ringflex.parallel import schedule
 from ringflex.parallel.plan import Plan
@@ -18,8 +19,8 @@ class Attention(torch.autograd.Function):
     """`(q, k, v, sinks, *captures) -> (out, lse)`.
 
     A sink is one more key without a value (Xiao et al., "Efficient Streaming Language Models with
-    Attention Sinks", 2023; a learned logit per head as in gpt-oss, 2025): it enters as the partial
-    result (out 0, lse = sink) that the first step merges into.
+    Attention Sinks", 2023; a learned logit per head as in gpt-oss, 2025): it enters as the result
+    (out 0, lse = sink) that the first step merges into.
     """
 
     @staticmethod
@@ -29,6 +30,7 @@ class Attention(torch.autograd.Function):
         kernel: ModuleType,
         score: TracedMod | None,
         scale: float,
+        options: KernelOptions,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -36,41 +38,49 @@ class Attention(torch.autograd.Function):
         *captures: Tensor,
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (_zero_padding(plan, x) for x in (q, k, v))
-        dtype = kernel.compute_dtype(q.dtype)
-        out = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
-        if sinks is not None:
-            lse.copy_(sinks.to(dtype)[None, :, None].expand_as(lse))
-        with torch.autocast(q.device.type, enabled=False):  # the kernel chooses its dtypes itself
-            schedule.forward(plan, kernel, q, k, v, score, scale, (out, lse))
-        rounded = out.to(q.dtype)
-        ctx.plan, ctx.kernel, ctx.score, ctx.scale = plan, kernel, score, scale
+        dtype = compute_dtype(q.dtype)
         # delta from a rounded out is off by a constant per row. That all but cancels in dq, dk and
         # dv, but adds up in the gradient of a bias or a slope, which sums over whole rows.
-        saved = out if any(ctx.needs_input_grad[8:]) else rounded
+        exact = any(ctx.needs_input_grad[_FIRST_CAPTURE:])
+        out = _empty_like(q, v.shape[3], dtype if exact else q.dtype)
+        lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+        before = None
+        if sinks is not None:
+            before = Partial(None, sinks.to(dtype)[None, :, None].expand_as(lse))
+        with torch.autocast(q.device.type, enabled=False):  # the kernel chooses its dtypes itself
+            schedule.forward(
+                plan, kernel, q, k, v, score, scale, before, Partial(out, lse), options
+            )
+        rounded = out.to(q.dtype)
+        ctx.plan, ctx.kernel, ctx.score, ctx.scale, ctx.options = (
+            plan, kernel, score, scale, options,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
         # Captures are saved so that autograd notices if one is changed in place before backward.
-        ctx.save_for_backward(q, k, v, sinks, saved, lse, *captures)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *captures)
         return rounded, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, sinks, out, lse, *captures = ctx.saved_tensors
-        dout, dlse = (_zero_padding(ctx.plan, x) for x in (dout, dlse))
-        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - dlse
-        score: TracedMod | None = ctx.score
+        plan, kernel, options = ctx.plan, ctx.kernel, ctx.options
+        dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else _zero_padding(plan, dout)
+        dlse = None if dlse is None else _zero_padding(plan, dlse)
         dcaptures = [
             torch.zeros_like(c, dtype=torch.promote_types(c.dtype, torch.float32))
             if wanted
             else None
-            for c, wanted in zip(captures, ctx.needs_input_grad[8:], strict=True)
+            for c, wanted in zip(captures, ctx.needs_input_grad[_FIRST_CAPTURE:], strict=True)
         ]
         with torch.autocast(q.device.type, enabled=False):
+            terms = kernel.row_terms(dout, out, lse, dlse, plan.rows, options)
             dq, dk, dv = schedule.backward(
-                ctx.plan, ctx.kernel, dout, q, k, v, lse, delta, score, ctx.scale, dcaptures
+                plan, kernel, dout, q, k, v, terms, ctx.score, ctx.scale, dcaptures, options
             )
         dsinks = None
-        if sinks is not None and ctx.needs_input_grad[7]:
+        if sinks is not None and ctx.needs_input_grad[_FIRST_CAPTURE - 1]:
+            delta = terms.delta[..., : q.shape[2]]
             weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()
             weight = weight.masked_fill(lse == -torch.inf, 0)  # a sink of -inf, and nothing seen
             dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
@@ -78,7 +88,18 @@ class Attention(torch.autograd.Function):
         summed = (
             None if d is None else d.to(c.dtype) for c, d in zip(captures, dcaptures, strict=True)
         )
-        return (None, None, None, None, *grads, *summed)
+        return (None, None, None, None, None, *grads, *summed)
+
+
+_FIRST_CAPTURE = 9  # among the arguments of Attention.forward
+
+
+def _empty_like(q: Tensor, Dv: int, dtype: torch.dtype) -> Tensor:
+    """`[B, Hq, q_len, Dv]`, with tokens before heads in memory if q has them so."""
+    B, H, S, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return torch.empty(B, S, H, Dv, dtype=dtype, device=q.device).transpose(1, 2)
+    return torch.empty(B, H, S, Dv, dtype=dtype, device=q.device)
 
 
 def _zero_padding(plan: Plan, x: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ringflex.kernels.contract import Gradients, KernelOptions, Partial, compute_dtype
 from ringflex.masks.trace import TracedMod
 from ringflex.parallel.comm import Exchange
 from ringflex.parallel.packing import Pair, add, new_message, pack, unpack
@@ -28,12 +30,32 @@ def forward(
     v: Tensor,
     score: TracedMod | None,
     scale: float,
-    acc: tuple[Tensor, Tensor],
+    before: Partial | None,
+    after: Partial,
+    options: KernelOptions,
 ) -> None:
-    """Merges attention over all K/V of the plan into `acc`; see the kernel's `forward`."""
+    """Attention over all K/V of the plan, merged with `before`, to `after`; see the contract.
+
+    Between steps the running result is in the compute dtype; the last step rounds it.
+    """
+    assert after.out is not None
+    left = sum(step.mask is not None for step in plan.steps)
+    if not left:
+        after.out.zero_()
+        if before is None:
+            after.lse.fill_(-torch.inf)
+        else:
+            after.lse.copy_(before.lse)
+    running = after
+    dtype = compute_dtype(q.dtype)
+    if left > 1 and after.out.dtype != dtype:
+        running = Partial(torch.empty_like(after.out, dtype=dtype), after.lse)
     for step, held in _arrivals(plan, Pair(k, v)):
         if step.mask is not None:
-            kernel.forward(q, held.k, held.v, step.mask, score, scale, acc)
+            left -= 1
+            target = running if left else after
+            kernel.forward(q, held.k, held.v, step.mask, score, scale, before, target, options)
+            before = target
 
 
 def backward(
@@ -43,30 +65,45 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+    terms: Any,
     score: TracedMod | None,
     scale: float,
     dcaptures: Sequence[Tensor | None],
+    options: KernelOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the local q, k, v in the dtype of `lse`; adds into `dcaptures`."""
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
-    home = Pair(dk, dv)
+    """Gradients of the local q, k, v; adds into `dcaptures`.
+
+    With one step they have the dtype of q, otherwise that of accumulation.
+    """
+    several = len(plan.steps) > 1
+    dtype = compute_dtype(q.dtype) if several else q.dtype
+
+    def new(x: Tensor, computed: bool) -> Tensor:
+        make = torch.empty if computed else torch.zeros
+        return make(x.shape, dtype=dtype, device=x.device)
+
+    started = False
+    dq = new(q, any(step.mask is not None for step in plan.steps))
+    home: Pair | None = None
     returning: _Return | None = None
     for step, held in _arrivals(plan, Pair(k, v)):
-        local = step is plan.steps[0]
-        d_held = home if local else Pair(*(torch.zeros_like(x, dtype=lse.dtype) for x in held))
+        d_held = Pair(*(new(x, step.mask is not None) for x in held))
         if step.mask is not None:
-            kernel.backward(
-                dout, q, *held, lse, delta, step.mask, score, scale, dq, *d_held, dcaptures
+            gradients = Gradients(
+                dq=dq, dk=d_held.k, dv=d_held.v, dcaptures=dcaptures, add_q=started, add_kv=False
             )
+            kernel.backward(dout, q, *held, terms, step.mask, score, scale, gradients, options)
+            started = True
+        if home is None:  # the local step
+            home = d_held
+            continue
         if returning is not None:
             returning.add_into(home)
-        if not local:
-            returning = _Return(plan, step, d_held, home)
+        returning = _Return(plan, step, d_held, home)
+    assert home is not None
     if returning is not None:
         returning.add_into(home)
-    return dq, dk, dv
+    return dq, *home
 
 
 def _arrivals(plan: Plan, local: Pair) -> Iterator[tuple[Step, Pair]]:

@@ -1,0 +1,112 @@
+"""A BlockMask's runs as a kernel walks them: arrays on the device.
+
+A row is one block that stays (of queries in the forward and for dQ, of keys for dK/dV); its lists
+say which blocks of the other side to visit: *partial* ones, in which the mask is asked, then *full*
+ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringflex.masks.block_mask import BlockMask
+from ringflex.masks.runs import Array, Runs
+
+
+class BlockLists(NamedTuple):
+    """int32, on the device of the kernel's inputs.
+
+    Attributes:
+        rows: `[groups * blocks, 4]`: of partial blocks the first run and the number, then of full ones.
+        runs: `[runs + 1, 2]`: first block and end; one more is never visited, but read ahead.
+        order: `[groups, blocks]`: rows by falling work, so that the longest start first.
+        blocks: rows per group; a group is a batch element and head that the mask distinguishes.
+        any_partial: whether there is any partial block.
+    """
+
+    rows: Tensor
+    runs: Tensor
+    order: Tensor
+    blocks: int
+    any_partial: bool
+
+
+class Positions(NamedTuple):
+    """Global positions of blocks, int32 on the device.
+
+    Attributes:
+        q: `[query blocks]`. kv: `[1 or B, K/V blocks]`.
+        kv_in_order: K/V block i begins at position i * block size.
+    """
+
+    q: Tensor
+    kv: Tensor
+    kv_in_order: bool
+
+
+def query_lists(mask: BlockMask, device: torch.device) -> BlockLists:
+    """For each block of queries, the K/V blocks that it sees. Kept on the mask."""
+    key = ("query lists", device)
+    if key not in mask.cache:
+        mask.cache[key] = _lists(mask.full, mask.partial, mask.B * mask.H, device)
+    return mask.cache[key]
+
+
+def key_lists(mask: BlockMask, groups: int, device: torch.device) -> BlockLists:
+    """For each K/V block, the query blocks that see it. Kept on the mask.
+
+    Args:
+        groups: query heads per K/V head; where the mask distinguishes heads, a K/V block's place
+            in the order follows from the work of all heads of its group.
+    """
+    key = ("key lists", groups if mask.H > 1 else 1, device)
+    if key not in mask.cache:
+        full, partial = mask.transpose()
+        together = groups if mask.H > 1 else 1
+        mask.cache[key] = _lists(full, partial, mask.B * mask.H, device, together)
+    return mask.cache[key]
+
+
+def positions(mask: BlockMask, device: torch.device) -> Positions:
+    """Where the blocks are in the whole sequence. Kept on the mask."""
+    key = ("positions", device)
+    if key not in mask.cache:
+        in_order = np.arange(mask.kv_blocks, dtype=np.int64)[None] * mask.block_size[1]
+        mask.cache[key] = Positions(
+            _to(mask.q_starts, device),
+            _to(mask.kv_starts, device),
+            bool((mask.kv_starts == in_order).all()),
+        )
+    return mask.cache[key]
+
+
+def _lists(
+    full: Runs, partial: Runs, groups: int, device: torch.device, together: int = 1
+) -> BlockLists:
+    """`together`: that many groups in a row share an order, by their work in all."""
+    blocks = full.rows // groups
+    counts = [_blocks_per_row(runs) for runs in (partial, full)]
+    first_full = partial.start.size
+    rows = np.stack(
+        [partial.indptr[:-1], counts[0], first_full + full.indptr[:-1], counts[1]], axis=1
+    )
+    ends = [np.stack([runs.start, runs.end], axis=1) for runs in (partial, full)]
+    runs = np.concatenate([*ends, np.zeros((1, 2), dtype=np.int64)])
+    work = (counts[0] + counts[1]).reshape(-1, together, blocks).sum(axis=1)
+    order = np.argsort(-work, axis=1, kind="stable")
+    return BlockLists(
+        _to(rows, device), _to(runs, device), _to(order, device), blocks, bool(counts[0].any())
+    )
+
+
+def _blocks_per_row(runs: Runs) -> Array:
+    ends = np.concatenate([[0], np.cumsum(runs.end - runs.start)])
+    return ends[runs.indptr[1:]] - ends[runs.indptr[:-1]]
+
+
+def _to(x: Array, device: torch.device) -> Tensor:
+    return torch.from_numpy(x.astype(np.int32)).to(device)

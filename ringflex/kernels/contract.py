@@ -1,0 +1,137 @@
+"""What every kernel does, and what it is given: the contract of this package.
+
+A kernel is a module with
+
+    forward(q, k, v, mask, score, scale, before, after, options)
+    row_terms(dout, out, lse, dlse, mask, options) -> terms
+    backward(dout, q, k, v, terms, mask, score, scale, gradients, options)
+
+- `q [B, Hq, q_len, D]`, `k [B, Hkv, kv_len, D]`, `v [B, Hkv, kv_len, Dv]`: one dtype, any strides.
+- `mask`: the BlockMask over `q_len` x `kv_len`; `score`: the traced score mod, or None; `scale`.
+- `forward` attends to the K/V in hand. `before` is what was computed over other K/V (None:
+  nothing; its `out` None: a result of zeros, as sinks give), `after` where the merged result goes;
+  the two may be the same tensors. A running result is in the compute dtype; an `after.out` of the
+  inputs' dtype is the last one, rounded once.
+- `row_terms` turns the **global** out, lse and their gradients into what `backward` needs of each
+  query, once for all steps: among it `delta = dout . out - dlse`, `[B, Hq, q_len or more]`.
+- `backward` adds this K/V's share of the gradients into `gradients`, or overwrites them.
+
+A query that sees nothing has out 0, lse -inf and zero gradients; two empty results merge to an
+empty one. lse is natural log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, lse and accumulation for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys: out `[B, Hq, q_len, Dv]`, lse `[B, Hq, q_len]`."""
+
+    out: Tensor | None
+    lse: Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Gradients:
+    """Where a backward leaves its results.
+
+    Attributes:
+        dq, dk, dv: shaped like q, k, v; contiguous. Accumulators in the compute dtype, or tensors
+            of the inputs' dtype, which are written once.
+        dcaptures: accumulators shaped like the score mod's captured tensors, fp32 or fp64; None
+            where no gradient is wanted. They are added to.
+        add_q, add_kv: add to dq (to dk and dv) instead of overwriting them.
+    """
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dcaptures: Sequence[Tensor | None]
+    add_q: bool
+    add_kv: bool
+
+
+class Tile(NamedTuple):
+    """How a Triton kernel is compiled: queries and keys per tile, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelOptions:
+    """`flex_attention(kernel_options=...)`, resolved.
+
+    Attributes:
+        deterministic: the same bits on every run, also of the gradients of captured tensors.
+            Default: `torch.are_deterministic_algorithms_enabled()`. Without it, the Triton kernel
+            adds those gradients (and dQ, in the one-pass form) in whatever order comes.
+        backward: "auto", "two_pass" (dK/dV and dQ by a kernel each) or "one_pass" (dQ added
+            atomically beside dK/dV). Triton only.
+        approximate_tanh: tanh in a score mod by NVIDIA's instruction, relative error 2^-11 (5e-4);
+            elsewhere it has no effect. Triton only.
+        tune: measure which tiles are fastest, and keep the findings on disk. Triton only.
+        tiles: "forward", "key" (dK/dV) or "query" (dQ) -> a `Tile`, instead of the table's.
+        tma: False: never use tensor descriptors. Triton only.
+    """
+
+    deterministic: bool = False
+    backward: str = "auto"
+    approximate_tanh: bool = False
+    tune: bool = False
+    tiles: tuple[tuple[str, Tile], ...] = field(default=())
+    tma: bool = True
+
+    @classmethod
+    def of(cls, options: dict[str, Any] | None) -> KernelOptions:
+        """Checks what the user passed.
+
+        Raises:
+            ValueError: an unknown option or value. TypeError: a value of the wrong type.
+        """
+        given = dict(options or {})
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(f"kernel_options has {unknown}; options are {', '.join(known)}")
+        given.setdefault("deterministic", torch.are_deterministic_algorithms_enabled())
+        for name in ("deterministic", "approximate_tanh", "tune", "tma"):
+            if not isinstance(given.get(name, False), bool):
+                raise TypeError(f"kernel_options['{name}'] must be a bool, got {given[name]!r}")
+        if given.get("backward", "auto") not in ("auto", "one_pass", "two_pass"):
+            raise ValueError(
+                "kernel_options['backward'] must be auto, one_pass or two_pass, "
+                f"got {given['backward']!r}"
+            )
+        if given["deterministic"] and given.get("backward") == "one_pass":
+            raise ValueError("the one_pass backward is not deterministic; ask for two_pass")
+        given["tiles"] = tuple(
+            (name, _tile(name, tile)) for name, tile in dict(given.get("tiles") or {}).items()
+        )
+        return cls(**given)
+
+
+def _tile(name: str, given: Any) -> Tile:
+    if name not in ("forward", "key", "query"):
+        raise ValueError(f"kernel_options['tiles'] has '{name}'; kernels are forward, key, query")
+    powers = isinstance(given, (tuple, list)) and len(given) == 4
+    powers = powers and all(isinstance(n, int) and n > 0 for n in given)
+    if not powers or any(n & (n - 1) for n in given[:3]) or min(given[:2]) < 16:
+        raise ValueError(
+            f"kernel_options['tiles']['{name}'] must be (block_m, block_n, num_warps, num_stages): "
+            f"powers of two (stages: any), blocks of 16 or more; got {given!r}"
+        )
+    return Tile(*given)

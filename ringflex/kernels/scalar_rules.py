@@ -1,0 +1,499 @@
+"""aten operations on scalars as Triton source: one rule per operation.
+
+Approximations, as errors relative to the result, in fp32: `tanh` 5e-7, `erf`, `log1p`, `expm1` and
+`softplus` 1e-6; `pow(x, y)` with y not a small integer 2e-7 * (1 + abs(y * log2(x))); division by a
+number multiplies by its reciprocal, 1.2e-7. With `approximate_tanh`, `tanh` is the GPU's own
+instruction on NVIDIA (sm_75 and later), relative error 2^-11 = 5e-4.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from ringflex.kernels.scalars import (
+    INT32,
+    TRITON_NAMES,
+    Emitter,
+    Number,
+    Value,
+    bounds_of,
+    number,
+    range_of,
+    within,
+)
+
+Rule = Callable[..., Value]
+
+
+def _corners(f: Callable[[int, int], int], x: Value, y: Value) -> tuple[int, int]:
+    values = [f(a, b) for a in bounds_of(x) for b in bounds_of(y)]
+    return min(values), max(values)
+
+
+def _arithmetic(symbol: str, f: Callable[[int, int], int]) -> Rule:
+    def rule(
+        e: Emitter, out: torch.dtype, x: Value, y: Value, *, alpha: Value | None = None
+    ) -> Value:
+        if alpha is not None and alpha.number != 1:
+            y = RULES[_aten.mul](e, torch.result_type(_like(y), _like(alpha)), y, alpha)
+        x, y = e.cast(x, out), e.cast(y, out)
+        if x.is_number and y.is_number:
+            return number(f(x.number, y.number), out)  # type: ignore[arg-type]
+        if out.is_floating_point:
+            return e.settle(e.let(f"{x.text} {symbol} {y.text}", out, [x, y]), out)
+        return e.integer(f"{{}} {symbol} {{}}", out, [x, y], _corners(f, x, y))
+
+    return rule
+
+
+def _like(x: Value) -> Any:
+    """An example for torch's promotion: a number counts less than a tensor."""
+    return x.number if x.is_number else torch.empty((1,), dtype=x.dtype)
+
+
+def _common(e: Emitter, *values: Value) -> list[Value]:
+    """Operands as a comparison sees them."""
+    dtype = torch.result_type(_like(values[0]), _like(values[1]))
+    return [e.cast(x, dtype) for x in values]
+
+
+def _comparison(symbol: str) -> Rule:
+    def rule(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
+        x, y = _common(e, x, y)
+        if x.is_number and y.is_number:
+            return number(bool(_COMPARE[symbol](x.number, y.number)))
+        if x.bounds is not None and y.bounds is not None:
+            known = {_COMPARE[symbol](a, b) for a in x.bounds for b in y.bounds}
+            ordered = symbol in ("<", "<=", ">", ">=")
+            if ordered and len(known) == 1:
+                return number(known.pop())
+        return e.let(f"{x.text} {symbol} {y.text}", torch.bool, [x, y])
+
+    return rule
+
+
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+
+
+def _bitwise(symbol: str, *, logical: bool = False) -> Rule:
+    f = {"&": operator.and_, "|": operator.or_, "^": operator.xor}[symbol]
+
+    def rule(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
+        kind = torch.bool if logical else out
+        x, y = e.cast(x, kind), e.cast(y, kind)
+        if x.is_number and y.is_number:
+            return number(f(x.number, y.number), kind)
+        if kind == torch.bool:
+            for known, other in ((x, y), (y, x)):
+                if known.is_number:
+                    absorbing = known.number == (symbol == "|")
+                    if symbol == "^":
+                        return _not(e, out, other) if known.number else other
+                    return number(bool(known.number)) if absorbing else other
+            return e.let(f"{x.text} {symbol} {y.text}", kind, [x, y])
+        bounds = range_of(kind)
+        if symbol == "&" and (bounds_of(x)[0] >= 0 or bounds_of(y)[0] >= 0):
+            bounds = (0, min(b[1] for b in (bounds_of(x), bounds_of(y)) if b[0] >= 0))
+        elif within(x.bounds, INT32) and within(y.bounds, INT32):
+            bounds = INT32
+        return e.integer(f"{{}} {symbol} {{}}", kind, [x, y], bounds)
+
+    return rule
+
+
+def _not(e: Emitter, out: torch.dtype, x: Value) -> Value:
+    if out != torch.bool:
+        low, high = bounds_of(x)
+        return e.integer("~{}", out, [x], (~high, ~low))
+    x = e.cast(x, torch.bool)
+    if x.is_number:
+        return number(not x.number)
+    return e.let(f"{x.text} == 0", torch.bool, [x])
+
+
+def _shift(symbol: str) -> Rule:
+    def rule(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
+        x, y = e.cast(x, out), e.cast(y, out)
+        low, high = bounds_of(y)
+        bounds = None
+        if low >= 0 and high < 32:
+            f = operator.lshift if symbol == "<<" else operator.rshift
+            bounds = _corners(f, x, y)
+        return e.integer(f"{{}} {symbol} {{}}", out, [x, y], bounds)
+
+    return rule
+
+
+def _divide(
+    e: Emitter, out: torch.dtype, x: Value, y: Value, *, rounding_mode: str | None = None
+) -> Value:
+    if rounding_mode == "floor":
+        return _floor_divide(e, out, x, y)
+    x, y = e.cast(x, out), e.cast(y, out)
+    if rounding_mode == "trunc":
+        if not out.is_floating_point:
+            return e.integer("{} // {}", out, [x, y], _quotient(x, y))
+        exact = e.let(f"tl.div_rn({_tensor(e, x)}, {_tensor(e, y)})", out, [x, y])
+        return e.settle(_truncate(e, out, exact), out)
+    if y.is_number and not x.is_number:
+        value = cast(float, y.number)
+        if value != 0 and math.isfinite(1 / value):
+            return e.settle(
+                e.let(f"{x.text} * {number(1 / value, _exact(out)).text}", out, [x]), out
+            )
+    return e.settle(e.let(f"{_tensor(e, x)} / {y.text}", out, [x, y]), out)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _tensor(e: Emitter, x: Value) -> str:
+    """A number where Triton wants a tensor."""
+    if not x.is_number:
+        return x.text
+    return e.let(f"tl.cast({x.text}, tl.{TRITON_NAMES[_exact(x.dtype)]})", x.dtype).text
+
+
+def _quotient(x: Value, y: Value) -> tuple[int, int] | None:
+    low, high = bounds_of(y)
+    if low <= 0 <= high:
+        return bounds_of(x) if not x.wide else None
+    return _corners(operator.floordiv, x, y)
+
+
+def _floor_divide(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
+    x, y = e.cast(x, out), e.cast(y, out)
+    if out.is_floating_point:
+        return e.settle(
+            e.let(f"tl.floor(tl.div_rn({_tensor(e, x)}, {_tensor(e, y)}))", out, [x, y]), out
+        )
+    if bounds_of(x)[0] >= 0 and bounds_of(y)[0] > 0:
+        return e.integer("{} // {}", out, [x, y], _quotient(x, y))
+    quotient = e.integer("{} // {}", out, [x, y], _quotient(x, y))
+    below = _wrong_sign(e, _c_remainder(e, out, x, y), y)
+    return e.integer("{} - {}.to(tl.int32)", out, [quotient, below], _quotient(x, y))
+
+
+def _c_remainder(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
+    size = max(abs(b) for b in bounds_of(y))
+    return e.integer("{} % {}", out, [x, y], (-size, size) if not y.wide else None)
+
+
+def _wrong_sign(e: Emitter, remainder: Value, y: Value) -> Value:
+    """Where C's remainder, which has the dividend's sign, is not Python's."""
+    if bounds_of(y)[0] > 0:
+        return e.let(f"{remainder.text} < 0", torch.bool, [remainder])
+    text = f"({remainder.text} != 0) & (({remainder.text} < 0) != ({y.text} < 0))"
+    return e.let(text, torch.bool, [remainder, y])
+
+
+def _remainder(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
+    x, y = e.cast(x, out), e.cast(y, out)
+    if out.is_floating_point:
+        whole = _floor_divide(e, out, x, y)
+        return e.settle(e.let(f"{x.text} - {whole.text} * {y.text}", out, [x, whole, y]), out)
+    remainder = _c_remainder(e, out, x, y)
+    if bounds_of(x)[0] >= 0 and bounds_of(y)[0] > 0:
+        return Value(remainder.text, out, remainder.depends, (0, bounds_of(y)[1] - 1))
+    below = _wrong_sign(e, remainder, y)
+    bounds = (0, bounds_of(y)[1] - 1) if bounds_of(y)[0] > 0 else remainder.bounds
+    return e.integer(f"tl.where({below.text}, {{0}} + {{1}}, {{0}})", out, [remainder, y], bounds)
+
+
+def _truncate(e: Emitter, out: torch.dtype, x: Value) -> Value:
+    if not out.is_floating_point:
+        return x
+    return e.let(f"tl.where({x.text} < 0, tl.ceil({x.text}), tl.floor({x.text}))", out, [x])
+
+
+def _fmod(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
+    x, y = e.cast(x, out), e.cast(y, out)
+    if not out.is_floating_point:
+        return _c_remainder(e, out, x, y)
+    whole = _divide(e, out, x, y, rounding_mode="trunc")
+    return e.settle(e.let(f"{x.text} - {whole.text} * {y.text}", out, [x, whole, y]), out)
+
+
+def _extremum(name: str, f: Callable[..., int]) -> Rule:
+    def rule(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
+        x, y = e.cast(x, out), e.cast(y, out)
+        if out.is_floating_point:
+            text = f"tl.{name}({_tensor(e, x)}, {y.text}, propagate_nan=tl.PropagateNan.ALL)"
+            return e.let(text, out, [x, y])
+        bounds = tuple(f(a, b) for a, b in zip(bounds_of(x), bounds_of(y), strict=True))
+        if bounds == x.bounds:
+            return x
+        return e.integer(f"tl.{name}({{}}, {{}})", out, [x, y], cast(tuple[int, int], bounds))
+
+    return rule
+
+
+_minimum, _maximum = _extremum("minimum", min), _extremum("maximum", max)
+
+
+def _clamp(
+    e: Emitter, out: torch.dtype, x: Value, min: Value | None = None, max: Value | None = None
+) -> Value:
+    x = x if min is None else _maximum(e, out, x, min)
+    return x if max is None else _minimum(e, out, x, max)
+
+
+def _where(e: Emitter, out: torch.dtype, condition: Value, x: Value, y: Value) -> Value:
+    condition = e.cast(condition, torch.bool)
+    x, y = e.cast(x, out), e.cast(y, out)
+    if condition.is_number:
+        return x if condition.number else y
+    if out == torch.bool:
+        inverse = _not(e, torch.bool, condition)
+        both = _bitwise("&")(e, torch.bool, condition, x), _bitwise("&")(e, torch.bool, inverse, y)
+        return _bitwise("|")(e, torch.bool, *both)
+    text = f"tl.where({condition.text}, {{}}, {{}})"
+    if out.is_floating_point:
+        if x.is_number and y.is_number:
+            x = Value(_tensor(e, x), x.dtype)
+        return e.let(text.format(x.text, y.text), out, [condition, x, y])
+    (a, b), (c, d) = bounds_of(x), bounds_of(y)
+    value = e.integer(text, out, [x, y], (min(a, c), max(b, d)))
+    return Value(value.text, out, value.depends | condition.depends, value.bounds)
+
+
+def _negative(e: Emitter, out: torch.dtype, x: Value) -> Value:
+    return _arithmetic("-", operator.sub)(e, out, number(0, out), x)
+
+
+def _absolute(e: Emitter, out: torch.dtype, x: Value) -> Value:
+    x = e.cast(x, out)
+    if out.is_floating_point:
+        return e.let(f"tl.abs({x.text})", out, [x])
+    low, high = bounds_of(x)
+    return e.integer("tl.abs({})", out, [x], (0, max(abs(low), abs(high))))
+
+
+def _sign(e: Emitter, out: torch.dtype, x: Value) -> Value:
+    if out == torch.bool:
+        return x
+    zero, one = number(0, out).text, number(1, out).text
+    below = f"tl.where({x.text} < 0, -{one}, {zero})"
+    text = f"tl.where({x.text} > 0, {one}, {below})"
+    return e.let(text, out, [x], None if out.is_floating_point else (-1, 1))
+
+
+def _function(template: str) -> Rule:
+    """A function of one floating-point operand `{0}`."""
+
+    def rule(e: Emitter, out: torch.dtype, x: Value, **_: Any) -> Value:
+        x = e.cast(x, out)
+        return e.settle(e.let(template.format(_tensor(e, x)), out, [x]), out)
+
+    return rule
+
+
+def _rounding(template: str) -> Rule:
+    def rule(e: Emitter, out: torch.dtype, x: Value, **options: Any) -> Value:
+        if options:
+            raise Unsupported("to a number of decimals")
+        if not out.is_floating_point:
+            return x
+        return e.let(template.format(_tensor(e, x)), out, [x])
+
+    return rule
+
+
+def _tanh(e: Emitter, out: torch.dtype, x: Value) -> Value:
+    name = "fast_tanh" if e.approximate_tanh else "accurate_tanh"
+    return _function(f"{name}({{0}})")(e, out, x)
+
+
+def _power(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
+    exponent = y.number
+    if exponent is not None and not x.is_number:
+        if not out.is_floating_point and exponent < 0:
+            raise Unsupported("an integer to a negative power")
+        if float(exponent).is_integer() and abs(exponent) <= 8:
+            return _repeated(e, out, e.cast(x, out), int(exponent))
+        if exponent == 0.5:
+            return RULES[_aten.sqrt](e, out, x)
+    if not out.is_floating_point:
+        raise Unsupported("an integer to a power that is not a small number")
+    x, y = e.cast(x, out), e.cast(y, out)
+    return e.settle(e.let(f"power({_tensor(e, x)}, {_tensor(e, y)})", out, [x, y]), out)
+
+
+def _repeated(e: Emitter, out: torch.dtype, x: Value, n: int) -> Value:
+    if n == 0:
+        return number(1, out)
+    multiply = RULES[_aten.mul]
+    result = None
+    power = x
+    bits = abs(n)
+    while bits:
+        if bits & 1:
+            result = power if result is None else multiply(e, out, result, power)
+        bits >>= 1
+        if bits:
+            power = multiply(e, out, power, power)
+    assert result is not None
+    return result if n > 0 else _divide(e, out, number(1, out), result)
+
+
+def _cast_rule(e: Emitter, out: torch.dtype, x: Value, *_: Any, **__: Any) -> Value:
+    return e.cast(x, out)
+
+
+def _filled(value: Number) -> Rule:
+    return lambda e, out, *_, **__: number(value, out)
+
+
+def _gelu(e: Emitter, out: torch.dtype, x: Value, *, approximate: Any = None) -> Value:
+    return _function("gelu_tanh({0})" if approximate == "tanh" else "gelu({0})")(e, out, x)
+
+
+def _softplus(
+    e: Emitter,
+    out: torch.dtype,
+    x: Value,
+    beta: Value | None = None,
+    threshold: Value | None = None,
+) -> Value:
+    b = "1.0" if beta is None else e.cast(beta, torch.float32).text
+    t = "20.0" if threshold is None else e.cast(threshold, torch.float32).text
+    return _function(f"softplus({{0}}, {b}, {t})")(e, out, x)
+
+
+def _leaky_relu(e: Emitter, out: torch.dtype, x: Value, slope: Value | None = None) -> Value:
+    s = "0.01" if slope is None else e.cast(slope, torch.float32).text
+    return _function(f"tl.where({{0}} > 0, {{0}}, {{0}} * {s})")(e, out, x)
+
+
+def _elu(
+    e: Emitter,
+    out: torch.dtype,
+    x: Value,
+    alpha: Value | None = None,
+    scale: Value | None = None,
+    input_scale: Value | None = None,
+) -> Value:
+    a, s, i = (
+        "1.0" if v is None else e.cast(v, torch.float32).text for v in (alpha, scale, input_scale)
+    )
+    negative = f"expm1({{0}} * {i}) * {a} * {s}"
+    return _function(f"tl.where({{0}} > 0, {{0}} * {s}, {negative})")(e, out, x)
+
+
+def _reverse(rule: str) -> Rule:
+    return lambda e, out, x, y, **kw: RULES[getattr(_aten, rule)](e, out, y, x, **kw)
+
+
+class Unsupported(Exception):
+    """What a rule cannot do with its operands."""
+
+
+_aten = torch.ops.aten
+RULES: dict[Any, Rule] = {
+    _aten.add: _arithmetic("+", operator.add),
+    _aten.sub: _arithmetic("-", operator.sub),
+    _aten.mul: _arithmetic("*", operator.mul),
+    _aten.rsub: _reverse("sub"),
+    _aten.div: _divide,
+    _aten.floor_divide: _floor_divide,
+    _aten.remainder: _remainder,
+    _aten.fmod: _fmod,
+    _aten.neg: _negative,
+    _aten.abs: _absolute,
+    _aten.sign: _sign,
+    _aten.sgn: _sign,
+    _aten.reciprocal: lambda e, out, x: _divide(e, out, number(1, out), x),
+    _aten.lt: _comparison("<"),
+    _aten.le: _comparison("<="),
+    _aten.gt: _comparison(">"),
+    _aten.ge: _comparison(">="),
+    _aten.eq: _comparison("=="),
+    _aten.ne: _comparison("!="),
+    _aten.isnan: lambda e, out, x: e.let(f"{x.text} != {x.text}", torch.bool, [x]),
+    _aten.isinf: lambda e, out, x: e.let(f'tl.abs({x.text}) == float("inf")', torch.bool, [x]),
+    _aten.bitwise_and: _bitwise("&"),
+    _aten.bitwise_or: _bitwise("|"),
+    _aten.bitwise_xor: _bitwise("^"),
+    _aten.__and__: _bitwise("&"),
+    _aten.__or__: _bitwise("|"),
+    _aten.__xor__: _bitwise("^"),
+    _aten.bitwise_not: _not,
+    _aten.logical_and: _bitwise("&", logical=True),
+    _aten.logical_or: _bitwise("|", logical=True),
+    _aten.logical_xor: _bitwise("^", logical=True),
+    _aten.logical_not: _not,
+    _aten.bitwise_left_shift: _shift("<<"),
+    _aten.bitwise_right_shift: _shift(">>"),
+    _aten.__lshift__: _shift("<<"),
+    _aten.__rshift__: _shift(">>"),
+    _aten.where: _where,
+    _aten.masked_fill: lambda e, out, x, mask, value: _where(e, out, mask, value, x),
+    _aten.minimum: _minimum,
+    _aten.maximum: _maximum,
+    _aten.fmin: _minimum,
+    _aten.fmax: _maximum,
+    _aten.clamp: _clamp,
+    _aten.clamp_min: lambda e, out, x, low: _maximum(e, out, x, low),
+    _aten.clamp_max: lambda e, out, x, high: _minimum(e, out, x, high),
+    _aten.hardtanh: lambda e, out, x, low=None, high=None: _clamp(
+        e, out, x, low or number(-1.0), high or number(1.0)
+    ),
+    _aten.relu: lambda e, out, x: _maximum(e, out, x, number(0, out)),
+    _aten.leaky_relu: _leaky_relu,
+    _aten.elu: _elu,
+    _aten.exp: _function("tl.exp({0})"),
+    _aten.exp2: _function("tl.exp2({0})"),
+    _aten.expm1: _function("expm1({0})"),
+    _aten.log: _function("tl.log({0})"),
+    _aten.log2: _function("tl.log2({0})"),
+    _aten.log10: _function("tl.log2({0}) * 0.3010299956639812"),
+    _aten.log1p: _function("log1p({0})"),
+    _aten.sqrt: _function("tl.sqrt({0})"),
+    _aten.rsqrt: _function("tl.rsqrt({0})"),
+    _aten.square: lambda e, out, x: _repeated(e, out, x, 2),
+    _aten.sin: _function("tl.sin({0})"),
+    _aten.cos: _function("tl.cos({0})"),
+    _aten.tan: _function("(tl.sin({0}) / tl.cos({0}))"),
+    _aten.tanh: _tanh,
+    _aten.sigmoid: _function("sigmoid({0})"),
+    _aten.silu: _function("{0} * sigmoid({0})"),
+    _aten.gelu: _gelu,
+    _aten.erf: _function("tl.erf({0})"),
+    _aten.erfc: _function("1.0 - tl.erf({0})"),
+    _aten.softplus: _softplus,
+    _aten.log_sigmoid_forward: _function("-softplus(-{0}, 1.0, 20.0)"),
+    _aten.mish: _function("{0} * accurate_tanh(softplus({0}, 1.0, 20.0))"),
+    _aten.pow: _power,
+    _aten.floor: _rounding("tl.floor({0})"),
+    _aten.ceil: _rounding("tl.ceil({0})"),
+    _aten.round: _rounding("round_half_even({0})"),
+    _aten.trunc: _truncate,
+    _aten._to_copy: _cast_rule,
+    _aten.clone: lambda e, out, x, **_: x,
+    _aten.alias: lambda e, out, x: x,
+    _aten.detach: lambda e, out, x: x,
+    _aten.lift_fresh_copy: lambda e, out, x: x,
+    _aten.fill: lambda e, out, x, value: e.cast(value, out),
+    _aten.full: lambda e, out, size, value, **_: e.cast(value, out),
+    _aten.full_like: lambda e, out, x, value, **_: e.cast(value, out),
+    _aten.new_full: lambda e, out, x, size, value, **_: e.cast(value, out),
+    _aten.scalar_tensor: lambda e, out, value, **_: e.cast(value, out),
+    _aten.zeros_like: _filled(0),
+    _aten.new_zeros: _filled(0),
+    _aten.zeros: _filled(0),
+    _aten.ones_like: _filled(1),
+    _aten.ones: _filled(1),
+}

@@ -1,0 +1,183 @@
+"""Scalars of a mod in generated Triton source: what is known of each, and how it is written.
+
+Every value is one scalar per score: a name in the generated function or a number, its torch dtype,
+and which of the function's inputs it depends on. Booleans are int1, integers int32 or int64
+(whichever holds every value they can take), half and single precision fp32, double fp64. What a
+dtype of the graph cannot hold is rounded or wrapped to it, as torch would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+Number = bool | int | float
+HALF = (torch.float16, torch.bfloat16)
+INT32 = (-(2**31), 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Value:
+    """One scalar per score.
+
+    Attributes:
+        text: its name, or the number in words.
+        dtype: in the graph.
+        depends: inputs that it depends on: "score", "grad", "b", "h", "q_idx", "kv_idx".
+        bounds: what it may be, of an integer: inclusive; None if anything.
+        number: its value, if known.
+    """
+
+    text: str
+    dtype: torch.dtype
+    depends: frozenset[str] = frozenset()
+    bounds: tuple[int, int] | None = None
+    number: Number | None = None
+
+    @property
+    def is_number(self) -> bool:
+        return self.number is not None
+
+    @property
+    def wide(self) -> bool:
+        """Whether the integer is held in 64 bits."""
+        return self.dtype == torch.int64 and not within(self.bounds, INT32)
+
+
+def number(value: Number, dtype: torch.dtype | None = None) -> Value:
+    """A number of the mod, or of its graph."""
+    if dtype is None:
+        kinds = {bool: torch.bool, int: torch.int64, float: torch.float32}
+        dtype = kinds[type(value)]
+    if dtype == torch.bool:
+        value = bool(value)
+    elif dtype.is_floating_point:
+        value = float(torch.tensor(float(value), dtype=dtype).item())
+    else:
+        value = int(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        text = f'float("{value}")'
+    else:
+        text = repr(value)
+    if isinstance(value, (int, float)) and (value < 0):
+        text = f"({text})"
+    bounds = None if dtype.is_floating_point else (int(value), int(value))
+    return Value(text, dtype, bounds=bounds, number=value)
+
+
+class Emitter:
+    """Collects the lines of one generated function."""
+
+    def __init__(self, *, approximate_tanh: bool = False) -> None:
+        self.lines: list[str] = []
+        self.approximate_tanh = approximate_tanh
+        self._names = 0
+        self._known: dict[str, str] = {}
+
+    def let(
+        self,
+        text: str,
+        dtype: torch.dtype,
+        operands: Iterable[Value] = (),
+        bounds: tuple[int, int] | None = None,
+    ) -> Value:
+        """A new value; an expression that was written before is not written again."""
+        depends = frozenset[str]().union(*(x.depends for x in operands))
+        if text not in self._known:
+            self._known[text] = f"x{self._names}"
+            self.lines.append(f"x{self._names} = {text}")
+            self._names += 1
+        return Value(self._known[text], dtype, depends, bounds)
+
+    def settle(self, value: Value, dtype: torch.dtype) -> Value:
+        """What was computed in a wider type, in the dtype of the graph."""
+        if value.is_number:
+            return number(cast(Number, value.number), dtype)
+        if dtype in HALF:
+            half = f"{value.text}.to(tl.{TRITON_NAMES[dtype]}).to(tl.float32)"
+            return self.let(half, dtype, [value])
+        if dtype == torch.bool or dtype.is_floating_point:
+            return Value(value.text, dtype, value.depends)
+        info = torch.iinfo(dtype)
+        if dtype in (torch.int64, torch.int32) or within(value.bounds, (info.min, info.max)):
+            return Value(value.text, dtype, value.depends, value.bounds)
+        wrapped = f"{value.text}.to(tl.{TRITON_NAMES[dtype]}).to(tl.int32)"
+        return self.let(wrapped, dtype, [value], (info.min, info.max))
+
+    def cast(self, x: Value, dtype: torch.dtype) -> Value:
+        """A conversion as torch makes it."""
+        if x.dtype == dtype:
+            return x
+        if x.is_number:
+            value = cast(Number, x.number)
+            if not dtype.is_floating_point and isinstance(value, float):
+                value = bool(value) if dtype == torch.bool else int(value)
+            return number(value, dtype)
+        if dtype == torch.bool:
+            return self.let(f"{x.text} != 0", dtype, [x])
+        if dtype.is_floating_point:
+            if dtype == torch.float64:
+                return self.let(f"{x.text}.to(tl.float64)", dtype, [x])
+            if not x.dtype.is_floating_point or x.dtype == torch.float64:
+                x = self.let(f"{x.text}.to(tl.float32)", torch.float32, [x])
+            return self.settle(x, dtype) if dtype in HALF else Value(x.text, dtype, x.depends)
+        if x.dtype.is_floating_point:
+            wide = self.let(f"{x.text}.to(tl.int64)", torch.int64, [x])
+            return wide if dtype == torch.int64 else self._narrow(wide, dtype)
+        if x.dtype == torch.bool:
+            return self.let(f"{x.text}.to(tl.int32)", dtype, [x], (0, 1))
+        if x.wide and dtype != torch.int64:
+            return self._narrow(x, dtype)
+        return self.settle(Value(x.text, x.dtype, x.depends, x.bounds or range_of(x.dtype)), dtype)
+
+    def _narrow(self, x: Value, dtype: torch.dtype) -> Value:
+        text = f"{x.text}.to(tl.{TRITON_NAMES[dtype]})"
+        if dtype != torch.int32:
+            text += ".to(tl.int32)"
+        return self.let(text, dtype, [x], range_of(dtype))
+
+    def integer(
+        self, text: str, dtype: torch.dtype, operands: list[Value], bounds: tuple[int, int] | None
+    ) -> Value:
+        """An integer result of `text`, a format of the operands, in enough bits."""
+        if not within(bounds, range_of(dtype)):
+            bounds = None if dtype == torch.int64 else bounds
+        wide = dtype == torch.int64 and not within(bounds, INT32)
+        names = [
+            f"{x.text}.to(tl.int64)" if wide and not (x.is_number or x.wide) else x.text
+            for x in operands
+        ]
+        return self.settle(self.let(text.format(*names), dtype, operands, bounds), dtype)
+
+
+def within(bounds: tuple[int, int] | None, limits: tuple[int, int]) -> bool:
+    return bounds is not None and limits[0] <= bounds[0] and bounds[1] <= limits[1]
+
+
+def range_of(dtype: torch.dtype) -> tuple[int, int]:
+    if dtype == torch.bool:
+        return (0, 1)
+    return (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+
+
+def bounds_of(x: Value) -> tuple[int, int]:
+    """What an integer may be."""
+    return x.bounds if x.bounds is not None else range_of(x.dtype)
+
+
+TRITON_NAMES = {
+    torch.bool: "int1",
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.int16: "int16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}

@@ -1,0 +1,134 @@
+"""Functions that generated mods call: elementary functions, and adding into gradients of tables.
+
+Plain `@triton.jit` functions of arithmetic, comparisons and `tl.where`: they run on every GPU that
+Triton serves and under its interpreter. The exception is `fast_tanh`, an NVIDIA instruction.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ADD = tl.constexpr(0)  # fp32 atomic additions, in any order
+LARGEST = tl.constexpr(1)  # only find the largest addend
+FIXED = tl.constexpr(2)  # integer additions, which give the same bits in any order
+
+
+@triton.jit
+def unchanged(score, b, h, q_idx, kv_idx, tables):
+    """A score mod that does nothing."""
+    return score
+
+
+@triton.jit
+def fast_tanh(x):
+    """The hardware's tanh (sm_75 and later); relative error 2^-11."""
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def accurate_tanh(x):
+    """By one exponential, and near zero by its series (to x^9), which loses no digits there."""
+    t = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2 |x|)
+    far = (1.0 - t) / (1.0 + t)
+    y = x * x
+    series = 0.021869488 * y - 0.053968254
+    series = (series * y + 0.13333333) * y - 0.33333334
+    near = x + x * (y * series)
+    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), without loss where x is small (Goldberg, 1991, theorem 4)."""
+    u = 1.0 + x
+    lost = (u == 1.0) | (u == float("inf"))
+    safe = tl.where(lost, 2.0, u)
+    return tl.where(lost, tl.where(u == 1.0, x, u), tl.log(safe) * (x / (safe - 1.0)))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1, without loss where x is small (Higham, 2002, section 1.14.1)."""
+    u = tl.exp(x)
+    plain = (u == 1.0) | (u - 1.0 == -1.0) | (u == float("inf"))
+    safe = tl.where(plain, 2.0, u)
+    value = (safe - 1.0) * x / tl.log(safe)
+    return tl.where(plain, tl.where(u == 1.0, x, u - 1.0), value)
+
+
+@triton.jit
+def softplus(x, beta, threshold):
+    y = x * beta
+    return tl.where(y > threshold, x, log1p(tl.exp(tl.minimum(y, threshold))) / beta)
+
+
+@triton.jit
+def gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_tanh(x):
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return 0.5 * x * (1.0 + accurate_tanh(inner))
+
+
+@triton.jit
+def round_half_even(x):
+    down = tl.floor(x)
+    rest = x - down
+    odd = down - 2.0 * tl.floor(down * 0.5) != 0
+    return tl.where((rest > 0.5) | ((rest == 0.5) & odd), down + 1.0, down)
+
+
+@triton.jit
+def power(x, y):
+    """x^y, by base-2 logarithm; negative x with whole y."""
+    magnitude = tl.exp2(y * tl.log2(tl.abs(x)))
+    magnitude = tl.where(x == 0, tl.where(y < 0, float("inf"), 0.0), magnitude)
+    whole = tl.floor(y) == y
+    odd = whole & (y - 2.0 * tl.floor(y * 0.5) != 0)
+    signed = tl.where(odd & (x < 0), -magnitude, magnitude)
+    result = tl.where((x < 0) & (whole == 0), float("nan"), signed)
+    return tl.where((y == 0) | (x == 1.0), 1.0, result)
+
+
+@triton.jit
+def scatter_add(
+    pointer,
+    aside,
+    offset,
+    value,
+    HOW: tl.constexpr,
+    BY_Q: tl.constexpr,
+    BY_KV: tl.constexpr,
+    Q_AXIS: tl.constexpr,
+):
+    """Adds a tile of values into a table's gradient, at offsets that may repeat.
+
+    Where the offset does not depend on the query (or the key), the tile is summed over it first.
+    `aside` is where LARGEST leaves the bits of the largest magnitude, and where FIXED finds the
+    power of two that addends are multiplied by.
+    """
+    if not BY_Q:
+        value = tl.sum(value, axis=Q_AXIS, keep_dims=True)
+    if not BY_KV:
+        value = tl.sum(value, axis=1 - Q_AXIS, keep_dims=True)
+    if HOW == LARGEST:
+        bits = tl.max(tl.max(tl.abs(value), axis=1), axis=0).to(tl.int32, bitcast=True)
+        tl.atomic_max(aside, bits, sem="relaxed")
+    else:
+        if not BY_Q and not BY_KV:
+            value = tl.sum(tl.sum(value, axis=1), axis=0)
+        if HOW == FIXED:
+            factor = tl.load(aside)
+            value = (value.to(tl.float64) * factor).to(tl.int64)
+        tl.atomic_add(pointer + offset, value, mask=value != 0, sem="relaxed")

@@ -1,0 +1,135 @@
+"""Mods as the Triton kernels take them: generated functions and their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringflex.kernels.lowering import (
+    TableSpec,
+    lower_gradient,
+    lower_mask,
+    lower_score,
+    table_arguments,
+)
+from ringflex.masks.block_mask import BlockMask
+from ringflex.masks.pointwise import PointwiseMod, derivative, pointwise
+from ringflex.masks.trace import TracedMod
+
+_INT32 = torch.iinfo(torch.int32)
+
+
+class Mod(NamedTuple):
+    """A generated function (None: there is nothing to ask) and its `tables` argument."""
+
+    function: Any
+    tables: tuple[Any, ...]
+
+
+NOTHING = Mod(None, ())
+
+
+def mask_mod(mask: BlockMask, device: torch.device) -> Mod:
+    """The mask of a BlockMask on a device; kept on the traced mask.
+
+    Its captured tensors are those of the time when the block mask was built. Integers of 64 bits
+    that fit in 32 are narrowed: comparisons of document ids cost half.
+    """
+    key, cache = ("triton", device), mask.mask.cache
+    if key not in cache:
+        body = pointwise(mask.mask)
+        host = mask.mask.to(torch.device("cpu"))
+        tables = [_narrow(t).to(device) for t in body.tables(host.captures)]
+        specs = [TableSpec.of(t) for t in tables]
+        lowered = lower_mask(body, specs)
+        function = None if lowered.trivial else lowered.function
+        cache[key] = Mod(function, table_arguments(tables, specs))
+    return cache[key]
+
+
+def _narrow(table: Tensor) -> Tensor:
+    if table.dtype != torch.int64 or not table.numel():
+        return table
+    low, high = table.aminmax()
+    fits = low >= _INT32.min and high <= _INT32.max
+    return table.to(torch.int32) if fits else table
+
+
+class ScoreMod:
+    """A traced score mod on a device: its tables now, and its functions."""
+
+    def __init__(self, score: TracedMod, device: torch.device, *, approximate_tanh: bool) -> None:
+        self.score, self.cache = score, score.cache
+        if "pointwise" not in self.cache:
+            self.cache["pointwise"] = pointwise(score)
+        self.body: PointwiseMod = self.cache["pointwise"]
+        with torch.no_grad():
+            self.tables = [t.to(device) for t in self.body.tables(score.captures)]
+        self.specs = tuple(TableSpec.of(t) for t in self.tables)
+        self.approximate_tanh = approximate_tanh or score.approximate_tanh
+        self.approximate_tanh &= device.type == "cuda" and torch.version.hip is None
+        self.arguments = table_arguments(self.tables, self.specs)
+
+    def function(self) -> Any:
+        """`score(score, b, h, q_idx, kv_idx, tables)`."""
+        key = ("score", self.specs, self.approximate_tanh)
+        if key not in self.cache:
+            self.cache[key] = lower_score(
+                self.body, self.specs, approximate_tanh=self.approximate_tanh
+            ).function
+        return self.cache[key]
+
+    def gradient(self, wanted: Sequence[bool]) -> Any:
+        """`gradient(score, grad, b, h, q_idx, kv_idx, tables, into, HOW, Q_AXIS)`."""
+        key = ("gradient", tuple(wanted), self.specs, self.approximate_tanh)
+        if key not in self.cache:
+            self.cache[key] = lower_gradient(
+                derivative(self.body, wanted), self.specs, approximate_tanh=self.approximate_tanh
+            ).function
+        return self.cache[key]
+
+    def wanted(self, dcaptures: Sequence[Tensor | None]) -> tuple[bool, ...]:
+        """Which tables want a gradient, for captured tensors to get theirs."""
+        if self.body.only_captures:
+            inputs = [n for n in self.score.module.graph.nodes if n.op == "placeholder"]
+            place = {n: i for i, n in enumerate(inputs[len(inputs) - len(dcaptures) :])}
+            return tuple(dcaptures[place[s]] is not None for s in self.body.sources)
+        floats = [t.is_floating_point() for t in self.tables]
+        return tuple(f and any(d is not None for d in dcaptures) for f in floats)
+
+    def add_to_captures(
+        self, dtables: Sequence[Tensor | None], dcaptures: Sequence[Tensor | None]
+    ) -> None:
+        """From the gradients of tables to those of the captured tensors, which are added to."""
+        leaves = [
+            c.detach() if into is None else c.detach().requires_grad_()
+            for c, into in zip(self.score.captures, dcaptures, strict=True)
+        ]
+        with torch.enable_grad():
+            tables = self.body.tables(leaves)
+        reached = [(t, d) for t, d in zip(tables, dtables, strict=True) if d is not None]
+        reached = [(t, d.to(t)) for t, d in reached if t.requires_grad]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        if not reached:
+            return
+        results, upstream = zip(*reached, strict=True)
+        grads = torch.autograd.grad(results, wanted, upstream, allow_unused=True)
+        targets = [d for d in dcaptures if d is not None]
+        for target, grad in zip(targets, grads, strict=True):
+            if grad is not None:
+                target.add_(grad)
+
+
+def accumulators(
+    mod: ScoreMod, wanted: Sequence[bool], dtype: torch.dtype = torch.float32
+) -> list[tuple[Tensor, Tensor]]:
+    """For each table that wants a gradient: zeros like it, and one number aside."""
+    found = []
+    for table, want in zip(mod.tables, wanted, strict=True):
+        if want:
+            zeros = torch.zeros(table.shape, dtype=dtype, device=table.device)
+            found.append((zeros, torch.zeros(1, dtype=torch.int32, device=table.device)))
+    return found
