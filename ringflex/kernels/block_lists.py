@@ -21,7 +21,7 @@ class BlockLists(NamedTuple):
     """int32, on the device of the kernel's inputs.
 
     Attributes:
-        rows: `[groups * blocks, 4]`: of partial blocks the first run and the number, then of full ones.
+        rows: `[groups * blocks, 4]`: first run and number of partial blocks, then of full ones.
         runs: `[runs + 1, 2]`: first block and end; one more is never visited, but read ahead.
         order: `[groups, blocks]`: rows by falling work, so that the longest start first.
         blocks: rows per group; a group is a batch element and head that the mask distinguishes.

@@ -102,7 +102,9 @@ class KernelOptions:
         Raises:
             ValueError: an unknown option or value. TypeError: a value of the wrong type.
         """
-        given = dict(options or {})
+        if not options:
+            return _DETERMINISTIC if torch.are_deterministic_algorithms_enabled() else _DEFAULT
+        given = dict(options)
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(given) - set(known))
         if unknown:
@@ -122,6 +124,9 @@ class KernelOptions:
             (name, _tile(name, tile)) for name, tile in dict(given.get("tiles") or {}).items()
         )
         return cls(**given)
+
+
+_DEFAULT, _DETERMINISTIC = KernelOptions(), KernelOptions(deterministic=True)
 
 
 def _tile(name: str, given: Any) -> Tile:

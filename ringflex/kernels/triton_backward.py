@@ -72,8 +72,8 @@ def _weights(
     MASKED: tl.constexpr, mask_mod: tl.constexpr, score_mod: tl.constexpr,
 ):  # fmt: skip
     """p of a tile of raw products `s`; the scaled scores and the indices that the mods were given;
-    what is visible (None: everything). Queries and keys may be either way round."""
-    seen = None
+    what is visible, if MASKED. Queries and keys may be either way round."""
+    seen = q_idx
     if MASKED:
         seen = visible_in(mask_mod, b, h, q_idx, kv_idx, q_limit, kv_limit, mask_tables)
         q_idx, kv_idx = tl.minimum(q_idx, q_limit - 1), tl.minimum(kv_idx, kv_limit - 1)
@@ -139,15 +139,11 @@ def _walk_queries(
         dk = tl.dot(ds, q_tile, dk, input_precision=PRECISION)
         if ONE_PASS:
             dq_tile = tl.dot(ds.T, k, input_precision=PRECISION) * scale  # [BLOCK_M, D_PAD]
-            if TMA:
-                dq.atomic_add([b, h, start, 0], dq_tile.reshape(1, 1, BLOCK_M, D_PAD))
-            else:
-                rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, D_PAD)
-                base = dq[0] + b.to(tl.int64) * dq[1] + h.to(tl.int64) * dq[2]
-                base += start.to(tl.int64) * dq[3]
-                inside = (start + rows < q_len)[:, None] & (cols < D)[None, :]
-                places = base + rows[:, None] * dq[3] + cols[None, :] * dq[4]
-                tl.atomic_add(places, dq_tile, mask=inside, sem="relaxed")
+            rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, D_PAD)
+            base = dq[0] + b.to(tl.int64) * dq[1] + h.to(tl.int64) * dq[2]
+            places = base + start.to(tl.int64) * dq[3] + rows[:, None] * dq[3] + cols[None, :]
+            inside = (start + rows < q_len)[:, None] & (cols < D)[None, :]
+            tl.atomic_add(places, dq_tile, mask=inside, sem="relaxed")
         tile, end, run, next_tile, next_end = following_tile(
             runs, tile, end, run, next_tile, next_end, TILES
         )
@@ -173,8 +169,8 @@ def key_kernel(
 ):  # fmt: skip
     """dK and dV. Grid: `(B * kv_heads * blocks * TILES_N,)`; `blocks` of keys.
 
-    lse, delta: row terms, descriptors or pointers. dq: fp32, descriptor or (pointer, strides), of
-    the one-pass form; `into`, the gradients of tables, too. dk, dv: (pointer, strides).
+    lse, delta: row terms, descriptors or pointers. dq: fp32, contiguous, (pointer, strides), of the
+    one-pass form; `into`, the gradients of tables, too. dk, dv: (pointer, strides).
     ADD: add to dk and dv instead of overwriting them. The others as in `forward_kernel`, but for
     rows of keys; `order` has strides of its own.
     """

@@ -7,23 +7,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ringflex.kernels.block_lists import BlockLists, key_lists, positions, query_lists
-from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile, compute_dtype
+from ringflex.kernels.block_lists import key_lists, query_lists
+from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
 from ringflex.kernels.lowering import gradient_arguments
 from ringflex.kernels.triton_backward import key_kernel, query_kernel, row_terms_kernel
 from ringflex.kernels.triton_forward import forward_kernel
 from ringflex.kernels.triton_launch import launch
 from ringflex.kernels.triton_math import ADD, FIXED, LARGEST, unchanged
-from ringflex.kernels.triton_mods import NOTHING, Mod, ScoreMod, accumulators, mask_mod
-from ringflex.kernels.triton_tiles import Architecture, architecture, fit_blocks, tile_for
+from ringflex.kernels.triton_mods import ScoreMod, accumulators
+from ringflex.kernels.triton_setup import Setup, aligned, described, padded_dim, strided
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.trace import TracedMod
-
-__all__ = ["backward", "compute_dtype", "forward", "row_terms"]
 
 
 class RowTerms(NamedTuple):
@@ -45,57 +41,47 @@ def forward(
     options: KernelOptions,
 ) -> None:
     """See `contract`."""
-    call = _Call(q, k, v, mask, score, scale, options)
+    setup = Setup.of(q, k, v, mask, options)
+    mod = _score_mod(score, q, options)
     lists = query_lists(mask, q.device)
-    assert after.out is not None
-    in_place = before is not None and before.out is after.out and before.lse is after.lse
-    merge_out = before is not None and before.out is not None
-    before_lse = after.lse if before is None else before.lse
-    before_out = before.out if before is not None and before.out is not None else after.out
+    out, lse = after
+    assert out is not None
+    before_out = out if before is None or before.out is None else before.out
+    before_lse = lse if before is None else before.lse
+    merge = (before is not None and before.out is not None, before is not None)
+    in_place = merge[0] and before_out is out and before_lse is lse
+    tma = setup.describable and aligned(q, k, v)
+    D, D_PAD, DV, DV_PAD = setup.dims
+    score_function = None if mod is None else mod.function()
+    if mod is None and scale <= 0:  # the kernel takes a positive scale out of the maximum
+        score_function = unchanged
 
     def run(tile: Tile) -> None:
-        tma = call.tma(q, k, v)
         launch(
             forward_kernel,
-            q.shape[0] * q.shape[1] * lists.blocks * (mask.block_size[0] // tile.block_m),
+            (setup.batch * setup.heads * lists.blocks * (mask.block_size[0] // tile.block_m), 1, 1),
             (
-                call.tensor(q, tile.block_m, tma),
-                call.tensor(k, tile.block_n, tma),
-                call.tensor(v, tile.block_n, tma),
-                strided(after.out),
-                strided(after.lse),
-                strided(before_out),
-                strided(before_lse),
-                *call.lists(lists),
-                call.mask_mod.tables,
-                call.score_tables,
-                scale,
-                *call.lengths,
-                q.shape[1],
-                call.group,
-                lists.blocks,
-                *call.row_strides(lists),
-                call.kv_stride,
+                described(q, tile.block_m, D_PAD) if tma else strided(q),
+                described(k, tile.block_n, D_PAD) if tma else strided(k),
+                described(v, tile.block_n, DV_PAD) if tma else strided(v),
+                strided(out), strided(lse), strided(before_out), strided(before_lse),
+                *setup.lists(lists), setup.mask_mod.tables, () if mod is None else mod.arguments,
+                scale, *setup.lengths, setup.heads, setup.group, lists.blocks,
+                *setup.row_strides(lists), setup.kv_stride,
             ),
             (
-                call.mask_mod.function,
-                # The kernel takes the scale out of the maximum, which wants it to be positive.
-                unchanged if score is None and scale <= 0 else call.score_function,
-                lists.any_partial or call.mask_mod.function is not None,
-                call.positions.kv_in_order,
-                merge_out,
-                before is not None,
-                in_place,
-                *call.tiles(tile),
-                *call.dims,
-                tma,
-                call.precision,
-                tile.num_stages,
+                setup.mask_mod.function, score_function, setup.has_partial(lists),
+                setup.positions.kv_in_order, *merge, in_place,
+                *setup.tiles(tile), *setup.dims, tma, setup.precision, tile.num_stages,
             ),
-            tile,
-        )
+            tile, setup.compiled,
+            (
+                _kind(mod), out.dtype, out.stride(), before_out.stride(), before_lse.stride(),
+                aligned(q, k, v, out, lse, before_out, before_lse),
+            ),
+        )  # fmt: skip
 
-    run(call.tile("forward", run))
+    run(setup.tile("forward", mod, None if in_place else run))
 
 
 def row_terms(
@@ -111,22 +97,21 @@ def row_terms(
     padded = mask.q_blocks * mask.block_size[0]
     terms = RowTerms(*(torch.empty(B, H, padded, device=out.device) for _ in range(2)))
     rows = 64 if DV <= 128 else 32
+    dlse_or_lse = lse if dlse is None else dlse
     launch(
         row_terms_kernel,
-        (triton.cdiv(padded, rows), B * H),
+        (-(-padded // rows), B * H, 1),
         (
-            strided(out),
-            strided(dout),
-            strided(lse),
-            strided(lse if dlse is None else dlse),
-            *terms,
-            q_len,
-            padded,
-            H,
+            strided(out), strided(dout), strided(lse), strided(dlse_or_lse),
+            *terms, q_len, padded, H,
         ),
         (dlse is not None, rows, DV, padded_dim(DV)),
-        Tile(rows, rows, 4, 1),
-    )
+        Tile(rows, rows, 4, 1), mask.cache.setdefault("row terms", {}),
+        (
+            out.dtype, dout.dtype, out.shape, out.stride(), dout.stride(), dlse_or_lse.stride(),
+            out.device, aligned(out, dout, lse, dlse_or_lse),
+        ),
+    )  # fmt: skip
     return terms
 
 
@@ -143,321 +128,194 @@ def backward(
     options: KernelOptions,
 ) -> None:
     """See `contract`."""
-    call = _Call(q, k, v, mask, score, scale, options)
-    wanted: tuple[bool, ...] = ()
-    if call.score is not None:
-        wanted = call.score.wanted(gradients.dcaptures)
-    one_pass = options.backward == "one_pass"
-    if one_pass:
-        assert not options.deterministic
-        pairs = accumulators(call.score, wanted) if call.score is not None else []
-        _one_pass(call, dout, terms, gradients, wanted, pairs)
-        _collect(call, wanted, [p[0] for p in pairs], gradients)
+    setup = Setup.of(q, k, v, mask, options)
+    mod = _score_mod(score, q, options)
+    call = _Backward(setup, mod, dout, q, k, v, terms, scale, gradients)
+    wanted = () if mod is None else mod.wanted(gradients.dcaptures)
+    if options.backward == "one_pass":
+        call.one_pass(wanted)
         return
-    _keys(call, dout, terms, gradients, None, None, ())
-    if not any(wanted):
-        _queries(call, dout, terms, gradients, (), (), ADD.value)
-        return
-    assert call.score is not None
-    if not options.deterministic:
-        pairs = accumulators(call.score, wanted)
-        _queries(call, dout, terms, gradients, wanted, pairs, ADD.value)
-        _collect(call, wanted, [p[0] for p in pairs], gradients)
-        return
-    # Integers add up to the same sum in any order. First find how large the addends are.
-    pairs = accumulators(call.score, wanted)
-    scratch = Gradients(
-        dq=torch.empty_like(gradients.dq), dk=gradients.dk, dv=gradients.dv,
-        dcaptures=gradients.dcaptures, add_q=False, add_kv=False,
-    )  # fmt: skip
-    _queries(call, dout, terms, scratch, wanted, pairs, LARGEST.value)
-    largest = torch.stack([aside.view(torch.float32)[0] for _, aside in pairs])
-    factors = _fixed_point(largest, call.scores_visited)
-    fixed = [
-        (torch.zeros_like(total, dtype=torch.int64), factors[i : i + 1])
-        for i, (total, _) in enumerate(pairs)
-    ]
-    _queries(call, dout, terms, gradients, wanted, fixed, FIXED.value)
-    sums = [(total.double() / factor).float() for total, factor in fixed]
-    _collect(call, wanted, sums, gradients)
+    call.keys()
+    if mod is None or not any(wanted):
+        call.queries(gradients.dq, gradients.add_q)
+    elif options.deterministic:
+        call.queries_in_fixed_point(wanted)
+    else:
+        pairs = accumulators(mod, wanted)
+        call.queries(gradients.dq, gradients.add_q, wanted, pairs)
+        call.collect(wanted, [total for total, _ in pairs])
 
 
-def _fixed_point(largest: Tensor, addends: int) -> Tensor:
-    """Powers of two, fp64, such that `addends` numbers up to `largest` fit in 62 bits together.
-
-    Each addend is rounded to 2^-(62 - log2(addends)) of the largest: with 16k x 16k scores of 32
-    heads, 2^-29.
-    """
-    _, exponent = torch.frexp(largest)
-    bits = 61 - math.ceil(math.log2(max(2, addends))) - exponent
-    return torch.ldexp(torch.ones_like(largest, dtype=torch.float64), bits)
-
-
-def _keys(
-    call: _Call,
-    dout: Tensor,
-    terms: RowTerms,
-    gradients: Gradients,
-    dq: Tensor | None,
-    score_grad: Any,
-    into: tuple[Any, ...],
-) -> None:
-    """dK and dV; with `dq`, an fp32 accumulator, the one-pass form."""
-    q, k, v, mask = call.q, call.k, call.v, call.mask
-    lists = key_lists(mask, call.group, q.device)
-    heads_apart = mask.H > 1
-    kv_heads = k.shape[1]
-    order_stride_h = lists.blocks if heads_apart else 0
-    order_stride_b = (lists.blocks * (kv_heads if heads_apart else 1)) if mask.B > 1 else 0
-    if score_grad is None and call.score is not None:
-        score_grad = call.score.gradient([False] * len(call.score.tables))
-
-    def run(tile: Tile) -> None:
-        tma = call.tma(q, k, v, dout, *([] if dq is None else [dq]))
-        rows = [_row_descriptor(x, tile.block_m) if tma else x for x in terms]
-        target: Any = gradients.dk
-        if dq is not None:
-            target = dq
-        launch(
-            key_kernel,
-            q.shape[0] * kv_heads * lists.blocks * (mask.block_size[1] // tile.block_n),
-            (
-                call.tensor(q, tile.block_m, tma),
-                call.tensor(k, tile.block_n, tma),
-                call.tensor(v, tile.block_n, tma),
-                call.tensor(dout, tile.block_m, tma),
-                *rows,
-                call.tensor(target, tile.block_m, tma and dq is not None),
-                strided(gradients.dk),
-                strided(gradients.dv),
-                *call.lists(lists),
-                call.mask_mod.tables,
-                call.score_tables,
-                into,
-                call.scale,
-                *call.lengths,
-                terms.lse_log2.shape[2],
-                kv_heads,
-                call.group,
-                lists.blocks,
-                *call.row_strides(lists),
-                order_stride_b,
-                order_stride_h,
-                call.kv_stride,
-            ),
-            (
-                call.mask_mod.function,
-                call.score_function,
-                score_grad,
-                ADD.value,
-                lists.any_partial or call.mask_mod.function is not None,
-                call.positions.kv_in_order,
-                gradients.add_kv,
-                dq is not None,
-                *call.tiles(tile),
-                *call.dims,
-                tma,
-                call.precision,
-                tile.num_stages,
-            ),
-            tile,
-        )
-
-    run(call.tile("key", run if dq is None and not gradients.add_kv else None))
-
-
-def _one_pass(
-    call: _Call,
-    dout: Tensor,
-    terms: RowTerms,
-    gradients: Gradients,
-    wanted: Sequence[bool],
-    pairs: Sequence[tuple[Tensor, Tensor]],
-) -> None:
-    fits = gradients.dq.dtype == torch.float32
-    dq = gradients.dq if fits else torch.empty_like(gradients.dq, dtype=torch.float32)
-    if not gradients.add_q:
-        dq.zero_()
-    score_grad = None if call.score is None else call.score.gradient(wanted)
-    _keys(call, dout, terms, gradients, dq, score_grad, gradient_arguments(pairs))
-    if not fits:
-        gradients.dq.copy_(dq)
-
-
-def _queries(
-    call: _Call,
-    dout: Tensor,
-    terms: RowTerms,
-    gradients: Gradients,
-    wanted: Sequence[bool],
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    how: int,
-) -> None:
-    """dQ, and the gradients of tables by `how`."""
-    q, k, v, mask = call.q, call.k, call.v, call.mask
-    lists = query_lists(mask, q.device)
-    score_grad = None
-    if call.score is not None:
-        score_grad = call.score.gradient(wanted or [False] * len(call.score.tables))
-
-    def run(tile: Tile) -> None:
-        tma = call.tma(q, k, v, dout)
-        launch(
-            query_kernel,
-            q.shape[0] * q.shape[1] * lists.blocks * (mask.block_size[0] // tile.block_m),
-            (
-                call.tensor(q, tile.block_m, tma),
-                call.tensor(k, tile.block_n, tma),
-                call.tensor(v, tile.block_n, tma),
-                call.tensor(dout, tile.block_m, tma),
-                *terms,
-                strided(gradients.dq),
-                *call.lists(lists),
-                call.mask_mod.tables,
-                call.score_tables,
-                gradient_arguments(pairs),
-                call.scale,
-                *call.lengths,
-                terms.lse_log2.shape[2],
-                q.shape[1],
-                call.group,
-                lists.blocks,
-                *call.row_strides(lists),
-                call.kv_stride,
-            ),
-            (
-                call.mask_mod.function,
-                call.score_function,
-                score_grad,
-                how,
-                lists.any_partial or call.mask_mod.function is not None,
-                call.positions.kv_in_order,
-                gradients.add_q,
-                *call.tiles(tile),
-                *call.dims,
-                tma,
-                call.precision,
-                tile.num_stages,
-            ),
-            tile,
-        )
-
-    run(call.tile("query", run if not pairs and not gradients.add_q else None))
-
-
-def _collect(
-    call: _Call, wanted: Sequence[bool], sums: Sequence[Tensor], gradients: Gradients
-) -> None:
-    if call.score is not None and any(wanted):
-        remaining = iter(sums)
-        dtables = [next(remaining) if want else None for want in wanted]
-        call.score.add_to_captures(dtables, gradients.dcaptures)
-
-
-class _Call:
-    """What the launches of one call have in common."""
+class _Backward:
+    """The launches of one backward."""
 
     def __init__(
         self,
+        setup: Setup,
+        mod: ScoreMod | None,
+        dout: Tensor,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: BlockMask,
-        score: TracedMod | None,
+        terms: RowTerms,
         scale: float,
-        options: KernelOptions,
+        gradients: Gradients,
     ) -> None:
-        self.q, self.k, self.v, self.mask, self.scale = q, k, v, mask, scale
-        self.options = options
-        self.where: Architecture = architecture(q.device)
-        self.group = q.shape[1] // k.shape[1]
-        self.mask_mod: Mod = mask_mod(mask, q.device)
-        self.score: ScoreMod | None = None
-        self.score_function: Any = None
-        self.score_tables: tuple[Any, ...] = NOTHING.tables
-        if score is not None:
-            self.score = ScoreMod(score, q.device, approximate_tanh=options.approximate_tanh)
-            self.score_function = self.score.function()
-            self.score_tables = self.score.arguments
-        self.positions = positions(mask, q.device)
-        self.kv_stride = mask.kv_blocks if mask.kv_starts.shape[0] > 1 else 0
-        self.lengths = (q.shape[2], k.shape[2], mask.q_limit, mask.kv_limit)
-        D, DV = q.shape[3], v.shape[3]
-        self.dims = (D, padded_dim(D), DV, padded_dim(DV))
-        self.precision = _PRECISION[torch.get_float32_matmul_precision()]
+        self.setup, self.mod, self.terms, self.scale = setup, mod, terms, scale
+        self.dout, self.q, self.k, self.v, self.gradients = dout, q, k, v, gradients
+        regular = all(s > 0 and s * dout.element_size() % 16 == 0 for s in dout.stride()[:-1])
+        self.tma = setup.describable and dout.stride(3) == 1 and regular
+        self.tma &= aligned(q, k, v, dout)
+        self.score_function = None if mod is None else mod.function()
+        self.score_tables = () if mod is None else mod.arguments
+        self.key = (_kind(mod), dout.stride(), gradients.dq.dtype, aligned(q, k, v, dout))
 
-    @property
-    def scores_visited(self) -> int:
-        """Upper bound of the scores that the kernels compute."""
-        B, H = self.q.shape[:2]
-        repeats = (B if self.mask.B == 1 else 1) * (H if self.mask.H == 1 else 1)
-        return self.mask.visible_blocks * math.prod(self.mask.block_size) * repeats
+    def gradient_function(self, wanted: Sequence[bool]) -> Any:
+        """The derivative of the score mod, which adds into the tables that are wanted."""
+        if self.mod is None:
+            return None
+        return self.mod.gradient(wanted or [False] * len(self.mod.tables))
 
-    def tile(self, kernel: str, run: Any) -> Tile:
-        """The tile to use: the user's, the table's, or the fastest if asked to measure."""
-        for name, tile in self.options.tiles:
-            if name == kernel:
-                return fit_blocks(tile, self.mask.block_size)
-        dims = (self.dims[1], self.dims[3])
-        default = tile_for(kernel, self.where, self.q.dtype, dims, self.mask.block_size)
-        if self.options.tune and run is not None:
-            from ringflex.kernels.triton_tuning import fastest_tile
+    def tensors(self, tile: Tile) -> tuple[Any, ...]:
+        """q, k, v and dout as the kernels take them."""
+        if not self.tma:
+            return tuple(strided(x) for x in (self.q, self.k, self.v, self.dout))
+        _, D_PAD, _, DV_PAD = self.setup.dims
+        return (
+            described(self.q, tile.block_m, D_PAD),
+            described(self.k, tile.block_n, D_PAD),
+            described(self.v, tile.block_n, DV_PAD),
+            described(self.dout, tile.block_m, DV_PAD),
+        )
 
-            mods = (self.mask_mod.function is not None, self.score_function)
-            return fastest_tile(kernel, run, default, self.q, self.v, self.mask, mods)
-        return default
+    def keys(
+        self,
+        dq: Tensor | None = None,
+        wanted: Sequence[bool] = (),
+        pairs: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> None:
+        """dK and dV; with `dq`, zeros of fp32, also dQ and the gradients of tables (one pass)."""
+        setup, g, mask = self.setup, self.gradients, self.setup.mask
+        lists = key_lists(mask, setup.group, self.q.device)
+        apart = mask.H > 1
+        order_stride_h = lists.blocks if apart else 0
+        order_stride_b = lists.blocks * (setup.kv_heads if apart else 1) if mask.B > 1 else 0
+        tiles_per_block = lambda tile: mask.block_size[1] // tile.block_n
 
-    def tiles(self, tile: Tile) -> tuple[int, int, int, int]:
-        """Tokens per tile, and tiles per block of the mask."""
-        m, n = self.mask.block_size
-        return tile.block_m, tile.block_n, m // tile.block_m, n // tile.block_n
+        def run(tile: Tile) -> None:
+            rows: tuple[Any, ...] = self.terms
+            if self.tma:
+                rows = tuple(described(x.flatten(0, 1), 1, tile.block_m) for x in rows)
+                for x in rows:
+                    x.block_shape = [1, tile.block_m]
+            launch(
+                key_kernel,
+                (setup.batch * setup.kv_heads * lists.blocks * tiles_per_block(tile), 1, 1),
+                (
+                    *self.tensors(tile), *rows, strided(g.dk if dq is None else dq),
+                    strided(g.dk), strided(g.dv),
+                    *setup.lists(lists), setup.mask_mod.tables, self.score_tables,
+                    gradient_arguments(pairs), self.scale, *setup.lengths,
+                    self.terms.delta.shape[2], setup.kv_heads, setup.group, lists.blocks,
+                    *setup.row_strides(lists), order_stride_b, order_stride_h, setup.kv_stride,
+                ),
+                (
+                    setup.mask_mod.function, self.score_function, self.gradient_function(wanted),
+                    ADD.value, setup.has_partial(lists), setup.positions.kv_in_order,
+                    g.add_kv, dq is not None,
+                    *setup.tiles(tile), *setup.dims, self.tma, setup.precision, tile.num_stages,
+                ),
+                tile, setup.compiled, self.key,
+            )  # fmt: skip
 
-    def lists(self, lists: BlockLists) -> tuple[Tensor, ...]:
-        return lists.rows, lists.runs, lists.order, self.positions.q, self.positions.kv
+        repeatable = dq is None and not g.add_kv
+        run(setup.tile("key", self.mod, run if repeatable else None))
 
-    def row_strides(self, lists: BlockLists) -> tuple[int, int]:
-        """Rows between batch elements and heads, where the mask distinguishes them."""
-        by_head = lists.blocks if self.mask.H > 1 else 0
-        return lists.blocks * self.mask.H if self.mask.B > 1 else 0, by_head
+    def queries(
+        self,
+        dq: Tensor,
+        add: bool,
+        wanted: Sequence[bool] = (),
+        pairs: Sequence[tuple[Tensor, Tensor]] = (),
+        how: int = ADD.value,
+    ) -> None:
+        """dQ, and the gradients of tables by `how`."""
+        setup, mask = self.setup, self.setup.mask
+        lists = query_lists(mask, self.q.device)
 
-    def tma(self, *tensors: Tensor) -> bool:
-        """Whether all of these can be read by tensor descriptors."""
-        new = self.where.name == "cuda" and self.where.capability >= (9, 0)
-        emulated = self.where.name == "interpreter"
-        return (new or emulated) and self.options.tma and all(map(describable, tensors))
+        def run(tile: Tile) -> None:
+            tiles_per_block = mask.block_size[0] // tile.block_m
+            launch(
+                query_kernel,
+                (setup.batch * setup.heads * lists.blocks * tiles_per_block, 1, 1),
+                (
+                    *self.tensors(tile), *self.terms, strided(dq),
+                    *setup.lists(lists), setup.mask_mod.tables, self.score_tables,
+                    gradient_arguments(pairs), self.scale, *setup.lengths,
+                    self.terms.delta.shape[2], setup.heads, setup.group, lists.blocks,
+                    *setup.row_strides(lists), setup.kv_stride,
+                ),
+                (
+                    setup.mask_mod.function, self.score_function, self.gradient_function(wanted),
+                    how, setup.has_partial(lists), setup.positions.kv_in_order, add,
+                    *setup.tiles(tile), *setup.dims, self.tma, setup.precision, tile.num_stages,
+                ),
+                tile, setup.compiled, self.key,
+            )  # fmt: skip
 
-    def tensor(self, x: Tensor, rows: int, tma: bool) -> Any:
-        """A tensor as the kernels take it, read in tiles of `rows`."""
-        if not tma:
-            return strided(x)
-        block = [1, 1, rows, padded_dim(x.shape[3])]
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+        run(setup.tile("query", self.mod, None if pairs or add else run))
+
+    def one_pass(self, wanted: Sequence[bool]) -> None:
+        """Everything by the key kernel, with atomic additions into dQ."""
+        g = self.gradients
+        fits = g.dq.dtype == torch.float32
+        dq = g.dq if fits else torch.empty_like(g.dq, dtype=torch.float32)
+        if not (fits and g.add_q):
+            dq.zero_()
+        pairs = [] if self.mod is None else accumulators(self.mod, wanted)
+        self.keys(dq, wanted, pairs)
+        if not fits:
+            g.dq.copy_(dq)
+        self.collect(wanted, [total for total, _ in pairs])
+
+    def queries_in_fixed_point(self, wanted: Sequence[bool]) -> None:
+        """dQ and the gradients of tables, as integers, which add up alike in any order.
+
+        Each addend is rounded to 2^-(61 - log2(n)) of the largest, for n scores visited: 2^-28
+        with 16k x 16k scores of 32 heads. The largest is found first, by a run of its own.
+        """
+        assert self.mod is not None
+        pairs = accumulators(self.mod, wanted)
+        self.queries(torch.empty_like(self.gradients.dq), False, wanted, pairs, LARGEST.value)
+        largest = torch.stack([aside.view(torch.float32)[0] for _, aside in pairs])
+        _, exponent = torch.frexp(largest)
+        bits = 61 - math.ceil(math.log2(max(2, self.setup.scores_visited))) - exponent
+        factors = torch.ldexp(torch.ones_like(largest, dtype=torch.float64), bits)
+        fixed = [
+            (torch.zeros_like(total, dtype=torch.int64), factors[i : i + 1])
+            for i, (total, _) in enumerate(pairs)
+        ]
+        g = self.gradients
+        self.queries(g.dq, g.add_q, wanted, fixed, FIXED.value)
+        sums = [(total.double() / factor).float().view_as(total) for total, factor in fixed]
+        self.collect(wanted, sums)
+
+    def collect(self, wanted: Sequence[bool], sums: Sequence[Tensor]) -> None:
+        """From the gradients of tables to those of captured tensors."""
+        if self.mod is not None and any(wanted):
+            remaining = iter(sums)
+            dtables = [next(remaining) if want else None for want in wanted]
+            self.mod.add_to_captures(dtables, self.gradients.dcaptures)
 
 
-_PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+def _score_mod(score: TracedMod | None, q: Tensor, options: KernelOptions) -> ScoreMod | None:
+    if score is None:
+        return None
+    return ScoreMod(score, q.device, approximate_tanh=options.approximate_tanh)
 
 
-def padded_dim(D: int) -> int:
-    """Powers of two, at least 16, which matrix products want."""
-    return max(16, triton.next_power_of_2(D))
-
-
-def strided(x: Tensor) -> tuple[Any, ...]:
-    return (x, *x.stride())
-
-
-def describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor can say where `x [B, H, S, D]` lies."""
-    *outer, last = x.stride()
-    size = x.element_size()
-    return (
-        last == 1
-        and all(s > 0 and s * size % 16 == 0 for s in outer)
-        and x.data_ptr() % 16 == 0
-        and x.shape[3] * size >= 16
-    )
-
-
-def _row_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    x = x.flatten(0, 1)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows])
+def _kind(mod: ScoreMod | None) -> Any:
+    """What Triton specialises on in a mod's tables."""
+    if mod is None:
+        return None
+    return tuple((t.shape, t.stride(), t.data_ptr() & 15) for t in mod.tables)

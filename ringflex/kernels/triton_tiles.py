@@ -12,20 +12,31 @@ import torch
 
 from ringflex.kernels.contract import Tile
 
-_HALF_SM90 = {  # by head dim, rounded up
+_Table = dict[str, dict[int, Tile]]  # by kernel, and head dim rounded up
+
+_SM90: _Table = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
     "key": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 64, 8, 2)},
     "query": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
 }
-_HALF = {
+_SM90_WITH_SCORE: _Table = {
+    **_SM90,
+    "query": {**_SM90["query"], 64: Tile(128, 64, 8, 3)},
+}
+_SM100: _Table = {
+    "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(128, 64, 8, 2)},
+    "key": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
+    "query": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
+}
+_OTHER: _Table = {
     "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)},
     "key": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 1)},
     "query": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 1)},
 }
-_SINGLE = {
-    "forward": {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 4, 1)},
-    "key": {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-    "query": {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
+_SINGLE: _Table = {  # IEEE products, without matrix units: what registers allow
+    "forward": {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "key": {64: Tile(16, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "query": {64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
 
 
@@ -58,6 +69,7 @@ def tile_for(
     dtype: torch.dtype,
     head_dims: tuple[int, int],
     block_size: tuple[int, int],
+    with_score: bool,
 ) -> Tile:
     """The table's tile, cut to the mask's blocks and the device's shared memory.
 
@@ -65,14 +77,9 @@ def tile_for(
         kernel: "forward", "key" or "query".
         head_dims: of q and k, and of v; rounded up to powers of two.
         block_size: of the mask, for queries and keys.
+        with_score: whether there is a score mod.
     """
-    widest = max(64, *head_dims)
-    if dtype == torch.float32:
-        tile = _SINGLE[kernel][widest]
-    elif where.name == "cuda" and where.capability[0] in (9, 10):
-        tile = _HALF_SM90[kernel][widest]
-    else:
-        tile = _HALF[kernel][widest]
+    tile = _table(where, dtype, with_score)[kernel][max(64, *head_dims)]
     tile = fit_blocks(tile, block_size)
     while _shared_bytes(kernel, tile, dtype.itemsize, head_dims) > where.shared_memory:
         if tile.num_stages > 1:
@@ -84,6 +91,16 @@ def tile_for(
         else:
             break
     return tile
+
+
+def _table(where: Architecture, dtype: torch.dtype, with_score: bool) -> _Table:
+    if dtype == torch.float32 and where.name != "interpreter":
+        return _SINGLE
+    if where.name == "cuda" and where.capability[0] == 9:
+        return _SM90_WITH_SCORE if with_score else _SM90
+    if where.name == "cuda" and where.capability[0] >= 10:
+        return _SM100
+    return _OTHER
 
 
 def fit_blocks(tile: Tile, block_size: tuple[int, int]) -> Tile:

@@ -3,7 +3,7 @@
 A mod is known again by what its trace can depend on: its code, and what its closure, defaults and
 globals hold, through the functions among them. Numbers and the like count by value, tensors by
 their shape, strides, dtype and device: a new tensor of the same kind is bound to the old graph.
-What cannot be compared so (a bound method's object, a list, ...) makes a mod be traced at every call.
+What cannot be compared so (a bound method's object, a list) has a mod traced at every call.
 """
 
 from __future__ import annotations

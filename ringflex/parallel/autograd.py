@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -47,7 +48,7 @@ class Attention(torch.autograd.Function):
         before = None
         if sinks is not None:
             before = Partial(None, sinks.to(dtype)[None, :, None].expand_as(lse))
-        with torch.autocast(q.device.type, enabled=False):  # the kernel chooses its dtypes itself
+        with _no_autocast(q):
             schedule.forward(
                 plan, kernel, q, k, v, score, scale, before, Partial(out, lse), options
             )
@@ -73,7 +74,7 @@ class Attention(torch.autograd.Function):
             else None
             for c, wanted in zip(captures, ctx.needs_input_grad[_FIRST_CAPTURE:], strict=True)
         ]
-        with torch.autocast(q.device.type, enabled=False):
+        with _no_autocast(q):
             terms = kernel.row_terms(dout, out, lse, dlse, plan.rows, options)
             dq, dk, dv = schedule.backward(
                 plan, kernel, dout, q, k, v, terms, ctx.score, ctx.scale, dcaptures, options
@@ -92,6 +93,13 @@ class Attention(torch.autograd.Function):
 
 
 _FIRST_CAPTURE = 9  # among the arguments of Attention.forward
+
+
+def _no_autocast(q: Tensor) -> AbstractContextManager[Any]:
+    """The kernel chooses its dtypes itself."""
+    if torch.is_autocast_enabled(q.device.type):
+        return torch.autocast(q.device.type, enabled=False)
+    return nullcontext()
 
 
 def _empty_like(q: Tensor, Dv: int, dtype: torch.dtype) -> Tensor:

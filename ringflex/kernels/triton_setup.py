@@ -1,0 +1,148 @@
+"""What the launches for one mask and one kind of tensors have in common, worked out once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ringflex.kernels.block_lists import BlockLists, positions
+from ringflex.kernels.contract import KernelOptions, Tile
+from ringflex.kernels.triton_mods import ScoreMod, mask_mod
+from ringflex.kernels.triton_tiles import architecture, fit_blocks, tile_for
+from ringflex.masks.block_mask import BlockMask
+
+
+class Setup:
+    """For one mask, and q, k, v of one shape, dtype, layout and device. Kept on the mask."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: KernelOptions
+    ) -> None:
+        self.mask, self.options = mask, options
+        self.where = architecture(q.device)
+        self.batch, self.heads, self.kv_heads = q.shape[0], q.shape[1], k.shape[1]
+        self.group = self.heads // self.kv_heads
+        self.dtype = q.dtype
+        self.mask_mod = mask_mod(mask, q.device)
+        self.positions = positions(mask, q.device)
+        self.kv_stride = mask.kv_blocks if mask.kv_starts.shape[0] > 1 else 0
+        self.lengths = (q.shape[2], k.shape[2], mask.q_limit, mask.kv_limit)
+        D, Dv = q.shape[3], v.shape[3]
+        self.dims = (D, padded_dim(D), Dv, padded_dim(Dv))
+        self.describable = self._descriptors_serve() and all(map(describable, (q, k, v)))
+        self.compiled: dict[Any, Any] = {}
+        self._tiles: dict[Any, Tile] = {}
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: KernelOptions) -> Setup:
+        """The setup for these tensors, from the mask's cache if there is one."""
+        key = (
+            q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device,
+            options, torch.get_float32_matmul_precision(),
+        )  # fmt: skip
+        found = mask.cache.get(key)
+        if found is None:
+            found = mask.cache[key] = cls(q, k, v, mask, options)
+        return found
+
+    def _descriptors_serve(self) -> bool:
+        new = self.where.name == "cuda" and self.where.capability >= (9, 0)
+        return self.options.tma and (new or self.where.name == "interpreter")
+
+    @property
+    def precision(self) -> str:
+        """Of fp32 products, as `torch.set_float32_matmul_precision` has it."""
+        return _PRECISION[torch.get_float32_matmul_precision()]
+
+    @property
+    def scores_visited(self) -> int:
+        """Upper bound of the scores that the kernels compute."""
+        repeats = self.batch if self.mask.B == 1 else 1
+        repeats *= self.heads if self.mask.H == 1 else 1
+        return self.mask.visible_blocks * math.prod(self.mask.block_size) * repeats
+
+    def tile(self, kernel: str, score: ScoreMod | None, run: Any) -> Tile:
+        """The tile to use: the user's, the table's, or the fastest if asked to measure.
+
+        Args:
+            run: launches the kernel with a tile; None if that must not be done twice.
+        """
+        key = (kernel, None if score is None else score.function())
+        if key not in self._tiles:
+            self._tiles[key] = self._choose(kernel, score, run)
+        return self._tiles[key]
+
+    def _choose(self, kernel: str, score: ScoreMod | None, run: Any) -> Tile:
+        for name, tile in self.options.tiles:
+            if name == kernel:
+                return fit_blocks(tile, self.mask.block_size)
+        tile = tile_for(
+            kernel,
+            self.where,
+            self.dtype,
+            (self.dims[1], self.dims[3]),
+            self.mask.block_size,
+            score is not None,
+        )
+        if self.options.tune and run is not None:
+            from ringflex.kernels.triton_tuning import fastest_tile
+
+            return fastest_tile(kernel, run, tile, self, score)
+        return tile
+
+    def tiles(self, tile: Tile) -> tuple[int, int, int, int]:
+        """Tokens per tile, and tiles per block of the mask."""
+        m, n = self.mask.block_size
+        return tile.block_m, tile.block_n, m // tile.block_m, n // tile.block_n
+
+    def lists(self, lists: BlockLists) -> tuple[Tensor, ...]:
+        return lists.rows, lists.runs, lists.order, self.positions.q, self.positions.kv
+
+    def has_partial(self, lists: BlockLists) -> bool:
+        """Whether the loop over partial blocks is compiled. A mask that is more than its padding
+        has it always, so that not every batch of documents compiles anew."""
+        return lists.any_partial or self.mask_mod.function is not None
+
+    def row_strides(self, lists: BlockLists) -> tuple[int, int]:
+        """Rows between batch elements and heads, where the mask distinguishes them."""
+        by_head = lists.blocks if self.mask.H > 1 else 0
+        return lists.blocks * self.mask.H if self.mask.B > 1 else 0, by_head
+
+
+_PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+
+
+def padded_dim(D: int) -> int:
+    """Powers of two, at least 16, which matrix products want."""
+    return max(16, 1 << (D - 1).bit_length())
+
+
+def strided(x: Tensor) -> tuple[Any, ...]:
+    """A tensor as kernels take it without a descriptor."""
+    return (x, *x.stride())
+
+
+def describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can say how `x [B, H, S, D]` lies in memory."""
+    *outer, last = x.stride()
+    size = x.element_size()
+    regular = all(s > 0 and s * size % 16 == 0 for s in outer)
+    return last == 1 and regular and x.shape[3] * size >= 16
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether all tensors begin at a multiple of 16 bytes, as descriptors want."""
+    return not any(x.data_ptr() & 15 for x in tensors)
+
+
+def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A `describable`, `aligned` tensor by descriptor, read in tiles of `rows` x `columns`."""
+    descriptor = object.__new__(TensorDescriptor)  # its checks are those, and cost a launch's time
+    descriptor.base, descriptor.shape, descriptor.strides = x, list(x.shape), list(x.stride())
+    descriptor.block_shape = [1] * (x.ndim - 2) + [rows, columns]
+    descriptor.padding = "zero"
+    return descriptor
