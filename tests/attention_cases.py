@@ -215,9 +215,7 @@ def plain_tolerance(case: Case) -> dict[str, float]:
 def assert_equals_reference(case: Case, found: Reference, where: str = "") -> None:
     """All results are within the plain tolerance."""
     results = tensors(found)
-    deviations = {
-        name: deviation(results[name], x) for name, x in tensors(reference(case)).items()
-    }
+    deviations = {name: deviation(results[name], x) for name, x in tensors(reference(case)).items()}
     assert_within(deviations, plain_tolerance(case), f"{case} {where}")
 
 

@@ -1,0 +1,507 @@
+"""Times the Triton kernel beside torch's FlexAttention and SDPA, on one GPU.
+
+    python scripts/bench_kernels.py                             # everything: half an hour
+    python scripts/bench_kernels.py --dims 128 --lengths 16384  # a part
+    python scripts/bench_kernels.py --tiles                     # which tiles are fastest
+
+Contenders: ringflex, torch's FlexAttention (compiled, Triton backend; its FA4 backend where
+`flash-attn-4` is installed), SDPA's FlashAttention-2 and cuDNN where they can run the mask. All are
+timed in one process, in turn, so only ratios between them count. First their errors against an fp64
+reference are compared: ringflex may not err more than 1.05 times as much as FlexAttention.
+
+Prints a table, and writes JSON and a plot to `benchmarks/results/`. TFLOP/s count visible pairs:
+4 D a pair and head in the forward, 10 D in the backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask as torch_block_mask
+from torch.nn.attention.flex_attention import flex_attention as torch_flex
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ringflex as rf
+from ringflex.kernels.triton_tiles import CANDIDATES
+from ringflex.reference import reference_attention_with_gradients
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+MASKS = ("full", "causal", "window", "documents", "alibi", "softcap", "prefix")
+OURS, FLEX = "ringflex", "torch flex"
+WINDOW = 4096
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One row of the benchmark: batch 1, bf16."""
+
+    mask: str
+    tokens: int
+    heads: int
+    kv_heads: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.mask} {self.tokens} H{self.heads}/{self.kv_heads} D{self.dim}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The mods, the same Python functions for all contenders, and the visible pairs a head."""
+
+    mask_mod: Any
+    score_mod: Any
+    pairs: int
+
+
+def problem(spec: Spec) -> Problem:
+    S = spec.tokens
+    triangle = S * (S + 1) // 2
+    score_mod = None
+    mask_mod = lambda b, h, q_idx, kv_idx: q_idx >= kv_idx
+    pairs = triangle
+    if spec.mask == "full":
+        mask_mod, pairs = None, S * S
+    elif spec.mask == "window":
+        mask_mod = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < WINDOW)
+        inside = min(S, WINDOW)
+        pairs = inside * (inside + 1) // 2 + (S - inside) * WINDOW
+    elif spec.mask == "documents":
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.empty(S).log_normal_(7.5, 1.0, generator=generator).long() + 1
+        ids = torch.repeat_interleave(torch.arange(S), lengths)[:S]
+        counts = torch.bincount(ids)
+        pairs = int((counts * (counts + 1) // 2).sum())
+        ids = ids.cuda()
+        mask_mod = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (ids[q_idx] == ids[kv_idx])
+    elif spec.mask == "prefix":
+        prefix = S // 4
+        mask_mod = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) | (kv_idx < prefix)
+        pairs = triangle + prefix * (prefix - 1) // 2
+    elif spec.mask == "alibi":
+        slopes = torch.exp2(-8.0 * torch.arange(1, spec.heads + 1, device="cuda") / spec.heads)
+        score_mod = lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx)
+    elif spec.mask == "softcap":
+        score_mod = lambda s, b, h, q_idx, kv_idx: 20.0 * torch.tanh(s / 20.0)
+    return Problem(mask_mod=mask_mod, score_mod=score_mod, pairs=pairs)
+
+
+def inputs(spec: Spec) -> tuple[Tensor, ...]:
+    """q, k, v, dout."""
+    torch.manual_seed(0)
+    heads = (spec.heads, spec.kv_heads, spec.kv_heads, spec.heads)
+    made = [
+        torch.randn(1, h, spec.tokens, spec.dim, device="cuda", dtype=torch.bfloat16) for h in heads
+    ]
+    return *(x.requires_grad_() for x in made[:3]), made[3]
+
+
+def contenders(spec: Spec, p: Problem, peers: bool = True) -> Iterator[tuple[str, Run]]:
+    """Each contender's name and forward, made when it is asked for."""
+    S = spec.tokens
+    ours = None
+    if p.mask_mod is not None:
+        ours = rf.create_block_mask(p.mask_mod, None, None, S, S)
+
+    def ringflex(**options: Any) -> Run:
+        return lambda q, k, v: rf.flex_attention(
+            q, k, v, p.score_mod, ours, enable_gqa=True, kernel_options=options
+        )
+
+    yield OURS, ringflex()
+    if spec.mask == "softcap":
+        yield f"{OURS}, approximate tanh", ringflex(approximate_tanh=True)
+    theirs = None
+    if p.mask_mod is not None:
+        theirs = torch_block_mask(p.mask_mod, None, None, S, S, device="cuda", _compile=S > 20_000)
+
+    def flex(**options: Any) -> Run:
+        compiled = torch.compile(torch_flex, dynamic=False)
+        return lambda q, k, v: compiled(
+            q, k, v, p.score_mod, theirs, enable_gqa=True, kernel_options=options or None
+        )
+
+    yield FLEX, flex()
+    if not peers:
+        return
+    if _importable("flash_attn.cute"):
+        yield "torch flex, FA4", flex(BACKEND="FLASH")
+    if spec.mask in ("full", "causal"):
+        for name, backend in (
+            ("SDPA FA2", SDPBackend.FLASH_ATTENTION),
+            ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION),
+        ):
+            yield name, _sdpa(backend, spec.mask == "causal")
+
+
+def _sdpa(backend: SDPBackend, causal: bool) -> Run:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, enable_gqa=True
+            )
+
+    return run
+
+
+def _importable(name: str) -> bool:
+    try:
+        __import__(name)
+    except ImportError:
+        return False
+    return True
+
+
+def milliseconds(fn: Callable[[], Any], seconds: float = 0.12) -> float:
+    """Median of CUDA-event timings, after a warm-up."""
+    fn()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < 1e3 * seconds and len(times) < 40):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def time_one(run: Run, tensors: tuple[Tensor, ...]) -> dict[str, float]:
+    """Forward and backward milliseconds; peak memory of both, beyond inputs, in bytes."""
+    *leaves, dout = tensors
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = run(*leaves)
+    grads = torch.autograd.grad(out, leaves, dout)
+    peak = torch.cuda.max_memory_allocated() - before
+    del grads, out
+    with torch.no_grad():
+        forward = milliseconds(lambda: run(*leaves))
+    out = run(*leaves)
+    backward = milliseconds(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+    return {"forward": forward, "backward": backward, "peak": peak}
+
+
+def bench(spec: Spec, peers: bool) -> list[dict[str, Any]]:
+    p, tensors = problem(spec), inputs(spec)
+    rows = []
+    for name, run in contenders(spec, p, peers):
+        row: dict[str, Any] = {**asdict(spec), "contender": name}
+        try:
+            row |= time_one(run, tensors)
+            flops = p.pairs * spec.heads * spec.dim
+            row["forward_tflops"] = 4 * flops / row["forward"] / 1e9
+            row["backward_tflops"] = 10 * flops / row["backward"] / 1e9
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        rows.append(row)
+        torch.cuda.empty_cache()
+    torch.compiler.reset()
+    return rows
+
+
+def check(mask: str, dim: int, tokens: int = 2048) -> dict[str, Any]:
+    """Root mean square errors against fp64, ours and FlexAttention's, and their worst ratio."""
+    spec = Spec(mask=mask, tokens=tokens, heads=8, kv_heads=2, dim=dim)
+    p, tensors = problem(spec), inputs(spec)
+    *leaves, dout = tensors
+    exact = reference_attention_with_gradients(
+        *(x.detach().double() for x in (*leaves, dout)),
+        mask_mod=p.mask_mod,
+        score_mod=p.score_mod,
+    )
+    errors: dict[str, list[float]] = {}
+    for name, run in contenders(spec, p, peers=False):
+        out = run(*leaves)
+        found = [out, *torch.autograd.grad(out, leaves, dout)]
+        wanted = (exact.out, exact.dq, exact.dk, exact.dv)
+        errors[name] = [
+            ((x.double() - w).square().mean() / w.square().mean()).sqrt().item()
+            for x, w in zip(found, wanted, strict=True)
+        ]
+    torch.compiler.reset()
+    worst = max(a / b for a, b in zip(errors[OURS], errors[FLEX], strict=True))
+    return {"mask": mask, "dim": dim, "errors": errors, "worst_ratio": worst}
+
+
+def host_overhead() -> dict[str, float]:
+    """Microseconds that one call takes on the host, at 128 tokens, after the first."""
+    spec = Spec(mask="causal", tokens=128, heads=8, kv_heads=2, dim=128)
+    found = {}
+    for mask in ("causal", "softcap"):
+        spec = Spec(mask=mask, tokens=128, heads=8, kv_heads=2, dim=128)
+        p, (*leaves, dout) = problem(spec), inputs(spec)
+        for name, run in contenders(spec, p, peers=False):
+            for grad in (False, True):
+                with torch.set_grad_enabled(grad):
+                    for _ in range(20):
+                        run(*leaves)
+                    torch.cuda.synchronize()
+                    times = []
+                    for _ in range(300):
+                        start = time.perf_counter()
+                        run(*leaves)
+                        times.append(time.perf_counter() - start)
+                        if len(times) % 20 == 0:
+                            torch.cuda.synchronize()
+                key = f"{mask}, {name}{', with autograd' if grad else ''}"
+                found[key] = statistics.median(times) * 1e6
+    torch.compiler.reset()
+    return found
+
+
+def sweep_tiles(dims: list[int], tokens: int) -> None:
+    """Times every candidate tile of every kernel, for causal attention without and with a mod."""
+    for dim, mask in itertools.product(dims, ("causal", "softcap", "full")):
+        spec = Spec(mask=mask, tokens=tokens, heads=32, kv_heads=8, dim=dim)
+        p, (*leaves, dout) = problem(spec), inputs(spec)
+        ours = p.mask_mod and rf.create_block_mask(p.mask_mod, None, None, tokens, tokens)
+        for kernel, tiles in CANDIDATES.items():
+            found = []
+            for tile in tiles:
+                run = lambda tile=tile, kernel=kernel: rf.flex_attention(
+                    *leaves, p.score_mod, ours, enable_gqa=True,
+                    kernel_options={"tiles": {kernel: tile}},
+                )  # fmt: skip
+                try:
+                    out = run()
+                    if kernel == "forward":
+                        with torch.no_grad():
+                            took = milliseconds(run)
+                    else:
+                        took = milliseconds(
+                            lambda out=out: torch.autograd.grad(
+                                out, leaves, dout, retain_graph=True
+                            )
+                        )
+                except Exception as error:
+                    found.append((math.inf, tile, type(error).__name__))
+                    continue
+                found.append((took, tile, ""))
+            line = ", ".join(
+                f"{'x'.join(map(str, t[:2]))} w{t[2]} s{t[3]}: {ms:.2f}{e}"
+                for ms, t, e in sorted(found)
+            )
+            print(f"D{dim} {mask} {kernel}: {line}", flush=True)
+
+
+def warm(specs: list[Spec], processes: int, what: str) -> None:
+    """Compiles everything into the caches on disk, many processes at a time."""
+    children = []
+    for i in range(processes):
+        part = json.dumps([asdict(s) for s in specs[i::processes]])
+        command = [sys.executable, __file__, "--compile", part, "--what", what]
+        children.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+    for child in children:
+        child.wait()
+
+
+def compile_part(specs: list[Spec], what: str) -> None:
+    for spec in specs:
+        try:
+            p, (*leaves, dout) = problem(spec), inputs(spec)
+            if what == "tiles":
+                _compile_tiles(spec, p, leaves, dout)
+                continue
+            for _, run in contenders(spec, p, peers=False):
+                torch.autograd.grad(run(*leaves), leaves, dout)
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+        except Exception as error:
+            print(f"compiling {spec}: {error}"[:300], flush=True)
+
+
+def _compile_tiles(spec: Spec, p: Problem, leaves: list[Tensor], dout: Tensor) -> None:
+    S = spec.tokens
+    ours = p.mask_mod and rf.create_block_mask(p.mask_mod, None, None, S, S)
+    for kernel, tiles in CANDIDATES.items():
+        for tile in tiles:
+            options = {"tiles": {kernel: tile}}
+            try:
+                out = rf.flex_attention(
+                    *leaves, p.score_mod, ours, enable_gqa=True, kernel_options=options
+                )
+                if kernel != "forward":
+                    torch.autograd.grad(out, leaves, dout)
+            except Exception:
+                continue
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line per case; every contender's rates, and ours as a ratio to FlexAttention's."""
+    lines = [
+        "| mask, tokens, heads, dim | ringflex fwd / bwd | x torch flex | others, fwd / bwd | memory |",
+        "|---|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(_case(r) for r in rows):
+        mine = {r["contender"]: r for r in rows if _case(r) == case}
+        ours, flex = mine.pop(OURS), mine.get(FLEX, {})
+        rates = lambda r: (
+            f"{r['forward_tflops']:.0f} / {r['backward_tflops']:.0f}" if "forward" in r else "-"
+        )
+        ratio = memory = "-"
+        if "forward" in flex and "forward" in ours:
+            ratio = " / ".join(f"{flex[w] / ours[w]:.2f}" for w in ("forward", "backward"))
+            memory = f"{ours['peak'] / flex['peak']:.2f}"
+        others = ", ".join(f"{name} {rates(r)}" for name, r in mine.items())
+        lines.append(f"| {case} | {rates(ours)} | {ratio} | {others} | {memory} |")
+    return "\n".join(lines)
+
+
+def _case(row: dict[str, Any]) -> str:
+    return f"{row['mask']}, {row['tokens']:,}, {row['heads']}/{row['kv_heads']}, {row['dim']}"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Our speed as a ratio to FlexAttention's: a panel per direction and head dim."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    dims = sorted({r["dim"] for r in rows})
+    lengths = sorted({r["tokens"] for r in rows})
+    figure, axes = plt.subplots(2, len(dims), figsize=(5.2 * len(dims), 7), squeeze=False)
+    colours = ["#0072b2", "#e69f00", "#009e73", "#cc79a7"]  # distinct to the colour-blind
+    for (i, way), (j, dim) in itertools.product(
+        enumerate(("forward", "backward")), enumerate(dims)
+    ):
+        axis = axes[i][j]
+        for n, tokens in enumerate(lengths):
+            values = []
+            for mask in MASKS:
+                mine = [
+                    r for r in rows
+                    if (r["mask"], r["tokens"], r["dim"]) == (mask, tokens, dim) and way in r
+                ]  # fmt: skip
+                ratios = [
+                    t[way] / o[way]
+                    for o in mine
+                    for t in mine
+                    if o["contender"] == OURS and t["contender"] == FLEX
+                    and o["kv_heads"] == t["kv_heads"]
+                ]  # fmt: skip
+                values.append(statistics.mean(ratios) if ratios else 0)
+            width = 0.8 / len(lengths)
+            at = [x + (n - (len(lengths) - 1) / 2) * width for x in range(len(MASKS))]
+            axis.bar(at, values, width, label=f"{tokens:,} tokens", color=colours[n % 4])
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(MASKS)), MASKS, rotation=30, ha="right")
+        axis.set_title(f"{way}, head dim {dim}")
+        axis.set_ylabel("speed, torch FlexAttention = 1")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--masks", nargs="+", default=list(MASKS), choices=MASKS)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 16384, 65536])
+    parser.add_argument("--dims", nargs="+", type=int, default=[64, 128, 256])
+    parser.add_argument("--kv-heads", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--tiles", action="store_true", help="only find the fastest tiles")
+    parser.add_argument("--no-peers", action="store_true", help="only ringflex and FlexAttention")
+    parser.add_argument("--no-check", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json")
+    parser.add_argument("--merge", action="store_true", help="add to the output's rows")
+    parser.add_argument("--compile", help=argparse.SUPPRESS)
+    parser.add_argument("--what", default="bench", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if arguments.compile:
+        compile_part([Spec(**s) for s in json.loads(arguments.compile)], arguments.what)
+        return
+    if not torch.cuda.is_available():
+        sys.exit("bench_kernels.py needs a GPU")
+    started = time.time()
+    workers = max(1, min(14, (os.cpu_count() or 2) - 2))
+    if arguments.tiles:
+        kinds = itertools.product(arguments.dims, ("causal", "softcap", "full"))
+        specs = [Spec(mask=m, tokens=1024, heads=32, kv_heads=8, dim=d) for d, m in kinds]
+        warm(specs, workers, "tiles")
+        print(f"compiled after {time.time() - started:.0f} s", flush=True)
+        sweep_tiles(arguments.dims, arguments.lengths[0])
+        return
+    specs = [
+        Spec(mask=m, tokens=s, heads=arguments.heads, kv_heads=k, dim=d)
+        for d, s, k, m in itertools.product(
+            arguments.dims, arguments.lengths, arguments.kv_heads, arguments.masks
+        )
+    ]
+    checked = []
+    small = [Spec(mask=m, tokens=2048, heads=8, kv_heads=2, dim=d)
+             for m, d in itertools.product(arguments.masks, arguments.dims)]  # fmt: skip
+    warm([*([] if arguments.no_check else small), *(s for s in specs if s.tokens <= 20_000)],
+         workers, "bench")  # fmt: skip
+    long = [s for s in specs if s.tokens > 20_000]
+    warm(long, min(5, len(long)), "bench") if long else None
+    print(f"compiled after {time.time() - started:.0f} s", flush=True)
+    if not arguments.no_check:
+        for mask, dim in itertools.product(arguments.masks, arguments.dims):
+            checked.append(check(mask, dim))
+            print(f"errors {mask} D{dim}: {checked[-1]['worst_ratio']:.3f} of torch flex's")
+            assert checked[-1]["worst_ratio"] <= 1.05, checked[-1]
+        print(f"checked after {time.time() - started:.0f} s", flush=True)
+    overhead = host_overhead()
+    for name, value in overhead.items():
+        print(f"host overhead, {name}: {value:.0f} us")
+    rows = []
+    if arguments.merge and arguments.output.exists():
+        rows = json.loads(arguments.output.read_text())["rows"]
+    for spec in specs:
+        rows += bench(spec, not arguments.no_peers)
+        print(table(rows[-5:] if len(rows) > 5 else rows).splitlines()[-1], flush=True)
+        _write(arguments.output, rows, checked, overhead)
+    plot(rows, arguments.output.with_suffix(".png"))
+    print(table(rows))
+    print(f"done after {time.time() - started:.0f} s")
+
+
+def _write(path: Path, rows: list[Any], checked: list[Any], overhead: dict[str, float]) -> None:
+    import triton
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
+    )
+    record = {
+        "machine": f"{torch.cuda.get_device_name()}, {platform.processor() or platform.machine()}",
+        "versions": {
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        },
+        "commit": commit.stdout.strip() or "unknown",
+        "command": " ".join(["python", "scripts/bench_kernels.py", *sys.argv[1:]]),
+        "errors": checked,
+        "host_overhead_us": overhead,
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
