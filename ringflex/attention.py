@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -104,6 +105,12 @@ def flex_attention(
     return (out, lse) if return_lse else out
 
 
+@functools.lru_cache(maxsize=64)
+def _everything(q_len: int, kv_len: int) -> BlockMask:
+    """The block mask of no mask."""
+    return create_block_mask(full(), None, None, q_len, kv_len)
+
+
 def _resolve(
     query: Tensor,
     key: Tensor,
@@ -126,7 +133,7 @@ def _resolve(
     if sinks is not None:
         check.check_sinks(sinks, query)
     if block_mask is None:
-        block_mask = create_block_mask(full(), None, None, query.shape[2], key.shape[2])
+        block_mask = _everything(query.shape[2], key.shape[2])
     elif isinstance(block_mask, TorchBlockMask):
         block_mask = from_torch(block_mask)
     if isinstance(block_mask, Plan):

@@ -185,20 +185,26 @@ def milliseconds(fn: Callable[[], Any], seconds: float = 0.12) -> float:
     return statistics.median(times)
 
 
-def time_one(run: Run, tensors: tuple[Tensor, ...]) -> dict[str, float]:
-    """Forward and backward milliseconds; peak memory of both, beyond inputs, in bytes."""
+def time_one(run: Run, tensors: tuple[Tensor, ...], seconds: float = 0.4) -> dict[str, float]:
+    """Median forward and backward milliseconds; peak memory of both, beyond inputs, in bytes."""
     *leaves, dout = tensors
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    out = run(*leaves)
-    grads = torch.autograd.grad(out, leaves, dout)
-    peak = torch.cuda.max_memory_allocated() - before
-    del grads, out
-    with torch.no_grad():
-        forward = milliseconds(lambda: run(*leaves))
-    out = run(*leaves)
-    backward = milliseconds(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+    times: list[tuple[float, float]] = []
+    torch.autograd.grad(run(*leaves), leaves, dout)
+    while len(times) < 3 or (sum(map(sum, times)) < 1e3 * seconds and len(times) < 30):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        events[0].record()
+        out = run(*leaves)
+        events[1].record()
+        grads = torch.autograd.grad(out, leaves, dout)
+        events[2].record()
+        del grads, out
+        peak = torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize()
+        times.append((events[0].elapsed_time(events[1]), events[1].elapsed_time(events[2])))
+    forward, backward = (statistics.median(t) for t in zip(*times, strict=True))
     return {"forward": forward, "backward": backward, "peak": peak}
 
 
@@ -472,7 +478,8 @@ def main() -> None:
         rows = json.loads(arguments.output.read_text())["rows"]
     for spec in specs:
         rows += bench(spec, not arguments.no_peers)
-        print(table(rows[-5:] if len(rows) > 5 else rows).splitlines()[-1], flush=True)
+        print(table([r for r in rows if _case(r) == _case(asdict(spec))]).splitlines()[-1],
+              flush=True)  # fmt: skip
         _write(arguments.output, rows, checked, overhead)
     plot(rows, arguments.output.with_suffix(".png"))
     print(table(rows))

@@ -109,8 +109,8 @@ def _walk_queries(
     MASKED: tl.constexpr, mask_mod: tl.constexpr, score_mod: tl.constexpr,
     score_grad: tl.constexpr, HOW: tl.constexpr, ONE_PASS: tl.constexpr,
     BLOCK_M: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    DV: tl.constexpr, DV_PAD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    DV: tl.constexpr, DV_PAD: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One list of a row of keys, one head. carry: dk (not yet scaled) and dv, `[BLOCK_N, D]`."""
     dk, dv = carry
@@ -122,7 +122,7 @@ def _walk_queries(
         s = tl.dot(k, q_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         q_idx = position_of(q_starts, tile, BLOCK_M, TILES, False)
         q_idx = (q_idx + tl.arange(0, BLOCK_M))[None, :]
-        lse_rows = load_rows(lse, head, start, padded_len, BLOCK_M, TMA)[None, :]
+        lse_rows = load_rows(lse, head, start, padded_len, BLOCK_M, ROWS_TMA)[None, :]
         p, s, at_q, at_kv, seen = _weights(
             s, lse_rows, b, h, q_idx, kv_idx, q_limit, kv_limit, scale,
             mask_tables, score_tables, MASKED, mask_mod, score_mod,
@@ -130,7 +130,7 @@ def _walk_queries(
         dout_tile = load_tile(dout, b, h, start, q_len, BLOCK_M, DV, DV_PAD, TMA)
         dv = tl.dot(p.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
         dp = tl.dot(v, dout_tile.T, input_precision=PRECISION)
-        delta_rows = load_rows(delta, head, start, padded_len, BLOCK_M, TMA)[None, :]
+        delta_rows = load_rows(delta, head, start, padded_len, BLOCK_M, ROWS_TMA)[None, :]
         ds = p * (dp - delta_rows)
         ds = _through_score(
             s, ds, b, h, at_q, at_kv, seen, score_tables, into, MASKED, score_grad, HOW, 1
@@ -165,11 +165,11 @@ def key_kernel(
     PARTIAL: tl.constexpr, IN_ORDER: tl.constexpr, ADD: tl.constexpr, ONE_PASS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_M: tl.constexpr, TILES_N: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, ROWS_TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dK and dV. Grid: `(B * kv_heads * blocks * TILES_N,)`; `blocks` of keys.
 
-    lse, delta: row terms, descriptors or pointers. dq: fp32, contiguous, (pointer, strides), of the
+    lse, delta: row terms, descriptors (if ROWS_TMA) or pointers. dq: fp32, contiguous, of the
     one-pass form; `into`, the gradients of tables, too. dk, dv: (pointer, strides).
     ADD: add to dk and dv instead of overwriting them. The others as in `forward_kernel`, but for
     rows of keys; `order` has strides of its own.
@@ -196,14 +196,14 @@ def key_kernel(
                 tl.load(listed), tl.load(listed + 1) * TILES_M, runs, q_starts,
                 q_limit, kv_limit, q_len, padded_len, scale, mask_tables, score_tables, into,
                 True, mask_mod, score_mod, score_grad, HOW, ONE_PASS,
-                BLOCK_M, TILES_M, D, D_PAD, DV, DV_PAD, TMA, PRECISION, STAGES,
+                BLOCK_M, TILES_M, D, D_PAD, DV, DV_PAD, TMA, ROWS_TMA, PRECISION, STAGES,
             )  # fmt: skip
         carry = _walk_queries(
             carry, k_tile, v_tile, q, dout, lse, delta, dq, b, h, kv_heads * group, kv_idx,
             tl.load(listed + 2), tl.load(listed + 3) * TILES_M, runs, q_starts,
             q_limit, kv_limit, q_len, padded_len, scale, mask_tables, score_tables, into,
             False, mask_mod, score_mod, score_grad, HOW, ONE_PASS,
-            BLOCK_M, TILES_M, D, D_PAD, DV, DV_PAD, TMA, PRECISION, STAGES,
+            BLOCK_M, TILES_M, D, D_PAD, DV, DV_PAD, TMA, ROWS_TMA, PRECISION, STAGES,
         )  # fmt: skip
     dk_tile, dv_tile = carry
     store_tile(dk, b, kv_head, start, kv_len, dk_tile * scale, D, ADD)

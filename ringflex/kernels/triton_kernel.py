@@ -17,7 +17,14 @@ from ringflex.kernels.triton_forward import forward_kernel
 from ringflex.kernels.triton_launch import launch
 from ringflex.kernels.triton_math import ADD, FIXED, LARGEST, unchanged
 from ringflex.kernels.triton_mods import ScoreMod, accumulators
-from ringflex.kernels.triton_setup import Setup, aligned, described, padded_dim, strided
+from ringflex.kernels.triton_setup import (
+    Setup,
+    aligned,
+    alignment,
+    described,
+    padded_dim,
+    strided,
+)
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.trace import TracedMod
 
@@ -77,7 +84,7 @@ def forward(
             tile, setup.compiled,
             (
                 _kind(mod), out.dtype, out.stride(), before_out.stride(), before_lse.stride(),
-                aligned(q, k, v, out, lse, before_out, before_lse),
+                alignment(q, k, v, out, lse, before_out, before_lse),
             ),
         )  # fmt: skip
 
@@ -109,7 +116,7 @@ def row_terms(
         Tile(rows, rows, 4, 1), mask.cache.setdefault("row terms", {}),
         (
             out.dtype, dout.dtype, out.shape, out.stride(), dout.stride(), dlse_or_lse.stride(),
-            out.device, aligned(out, dout, lse, dlse_or_lse),
+            out.device, alignment(out, dout, lse, dlse_or_lse),
         ),
     )  # fmt: skip
     return terms
@@ -168,7 +175,9 @@ class _Backward:
         self.tma &= aligned(q, k, v, dout)
         self.score_function = None if mod is None else mod.function()
         self.score_tables = () if mod is None else mod.arguments
-        self.key = (_kind(mod), dout.stride(), gradients.dq.dtype, aligned(q, k, v, dout))
+        g = gradients
+        starts = alignment(q, k, v, dout, g.dq, g.dk, g.dv)
+        self.key = (_kind(mod), dout.stride(), g.dq.dtype, g.dk.dtype, starts)
 
     def gradient_function(self, wanted: Sequence[bool]) -> Any:
         """The derivative of the score mod, which adds into the tables that are wanted."""
@@ -204,10 +213,9 @@ class _Backward:
 
         def run(tile: Tile) -> None:
             rows: tuple[Any, ...] = self.terms
-            if self.tma:
+            rows_tma = self.tma and tile.block_m >= 32  # 128 bytes, as shared memory is written
+            if rows_tma:
                 rows = tuple(described(x.flatten(0, 1), 1, tile.block_m) for x in rows)
-                for x in rows:
-                    x.block_shape = [1, tile.block_m]
             launch(
                 key_kernel,
                 (setup.batch * setup.kv_heads * lists.blocks * tiles_per_block(tile), 1, 1),
@@ -223,7 +231,8 @@ class _Backward:
                     setup.mask_mod.function, self.score_function, self.gradient_function(wanted),
                     ADD.value, setup.has_partial(lists), setup.positions.kv_in_order,
                     g.add_kv, dq is not None,
-                    *setup.tiles(tile), *setup.dims, self.tma, setup.precision, tile.num_stages,
+                    *setup.tiles(tile), *setup.dims, self.tma, rows_tma, setup.precision,
+                    tile.num_stages,
                 ),
                 tile, setup.compiled, self.key,
             )  # fmt: skip

@@ -139,6 +139,11 @@ def aligned(*tensors: Tensor) -> bool:
     return not any(x.data_ptr() & 15 for x in tensors)
 
 
+def alignment(*tensors: Tensor) -> int:
+    """Which of the tensors do not: Triton compiles for each of them."""
+    return sum(bool(x.data_ptr() & 15) << i for i, x in enumerate(tensors))
+
+
 def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A `describable`, `aligned` tensor by descriptor, read in tiles of `rows` x `columns`."""
     descriptor = object.__new__(TensorDescriptor)  # its checks are those, and cost a launch's time

@@ -17,11 +17,12 @@ _Table = dict[str, dict[int, Tile]]  # by kernel, and head dim rounded up
 _SM90: _Table = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
     "key": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 64, 8, 2)},
-    "query": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
+    "query": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 4, 2)},
 }
 _SM90_WITH_SCORE: _Table = {
-    **_SM90,
-    "query": {**_SM90["query"], 64: Tile(128, 64, 8, 3)},
+    "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(128, 64, 8, 2)},
+    "key": {64: Tile(64, 64, 4, 3), 128: Tile(64, 128, 8, 3), 256: Tile(64, 64, 8, 2)},
+    "query": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
 }
 _SM100: _Table = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(128, 64, 8, 2)},
