@@ -21,7 +21,7 @@ from ringflex.masks.from_torch import from_torch
 from ringflex.masks.mods import full
 from ringflex.masks.trace import TracedMod
 from ringflex.masks.trace_cache import traced_score
-from ringflex.parallel.autograd import Attention
+from ringflex.parallel.autograd import attention
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.planner import single_device_plan
 
@@ -58,8 +58,8 @@ def flex_attention(
         scale: factor of the scores, default `1 / sqrt(D)`.
         enable_gqa: allow `Hq` to be a multiple of `Hkv`.
         return_lse: return `(out, lse)`.
-        kernel_options: a dict of `ringflex.kernels.contract.KernelOptions`: deterministic, backward,
-            approximate_tanh, tune, tiles, tma.
+        kernel_options: a dict of `ringflex.kernels.contract.KernelOptions`: deterministic,
+            backward, approximate_tanh, tune, tiles, tma.
         return_aux: torch's `AuxRequest`; `lse` can be had, `max_scores` cannot.
         sinks: `[Hq]`, a learned logit per head that takes part in the softmax without a value.
         backend: "auto" (Triton on GPUs, eager on CPUs), "triton" or "eager".
@@ -96,9 +96,8 @@ def flex_attention(
         if error or not comm.on_gpu or identity not in block_mask.cache:
             comm.agree(identity, hashlib.blake2b(identity.encode(), digest_size=16).digest(), error)
             block_mask.cache[identity] = True
-    captures = () if score is None else score.captures
-    out, lse = Attention.apply(
-        plan, chosen.kernel, score, resolved_scale, options, query, key, value, sinks, *captures
+    out, lse = attention(
+        plan, chosen.kernel, score, resolved_scale, options, query, key, value, sinks
     )
     if return_aux is not None:
         return out, AuxOutput(lse=lse if return_aux.lse else None)

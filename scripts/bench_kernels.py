@@ -188,23 +188,28 @@ def milliseconds(fn: Callable[[], Any], seconds: float = 0.12) -> float:
 def time_one(run: Run, tensors: tuple[Tensor, ...], seconds: float = 0.4) -> dict[str, float]:
     """Median forward and backward milliseconds; peak memory of both, beyond inputs, in bytes."""
     *leaves, dout = tensors
-    times: list[tuple[float, float]] = []
-    torch.autograd.grad(run(*leaves), leaves, dout)
-    while len(times) < 3 or (sum(map(sum, times)) < 1e3 * seconds and len(times) < 30):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+
+    def once() -> list[torch.cuda.Event]:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         events[0].record()
         out = run(*leaves)
         events[1].record()
-        grads = torch.autograd.grad(out, leaves, dout)
+        torch.autograd.grad(out, leaves, dout)
         events[2].record()
-        del grads, out
-        peak = torch.cuda.max_memory_allocated() - before
-        torch.cuda.synchronize()
-        times.append((events[0].elapsed_time(events[1]), events[1].elapsed_time(events[2])))
-    forward, backward = (statistics.median(t) for t in zip(*times, strict=True))
+        return events
+
+    once()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    first = once()
+    peak = torch.cuda.max_memory_allocated() - before
+    torch.cuda.synchronize()
+    repeats = min(40, max(3, int(1e3 * seconds / first[0].elapsed_time(first[2]))))
+    timed = [once() for _ in range(repeats)]  # queued without waiting: no host time in between
+    torch.cuda.synchronize()
+    forward = statistics.median(e[0].elapsed_time(e[1]) for e in timed[1:])
+    backward = statistics.median(e[1].elapsed_time(e[2]) for e in timed[1:])
     return {"forward": forward, "backward": backward, "peak": peak}
 
 

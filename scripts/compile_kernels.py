@@ -33,6 +33,7 @@ from triton.runtime.jit import create_function_from_signature
 import ringflex as rf
 from ringflex.kernels import triton_kernel, triton_setup
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
+from ringflex.kernels.triton_launch import Prepared
 from ringflex.kernels.triton_tiles import Architecture
 from ringflex.masks.trace import trace_score
 
@@ -74,7 +75,6 @@ class Launch:
 
     kernel: Any
     arguments: tuple[Any, ...]
-    constants: tuple[Any, ...]
     tile: Tile
 
 
@@ -110,12 +110,14 @@ def launch_of(c: Configuration) -> Launch:
     options = KernelOptions(backward="one_pass" if c.kernel == "one_pass" else "auto")
     found: list[Launch] = []
 
-    def record(kernel: Any, _: Any, arguments: Any, constants: Any, tile: Tile, *kept: Any) -> None:
-        found.append(Launch(kernel=kernel, arguments=arguments, constants=constants, tile=tile))
+    class Recorded(Prepared):
+        def __call__(self, *varying: Any) -> None:
+            arguments = (*varying, *self._rest)
+            found.append(Launch(kernel=self._kernel, arguments=arguments, tile=self.tile))
 
     where = lambda _: TARGETS[c.target][1]
     with (
-        mock.patch.object(triton_kernel, "launch", record),
+        mock.patch.object(triton_kernel, "Prepared", Recorded),
         mock.patch.object(triton_setup, "architecture", where),
     ):
         out, lse = torch.zeros(1, Hq, S, c.Dv, dtype=c.dtype), torch.zeros(1, Hq, S)
@@ -143,7 +145,7 @@ def compile_for(launch: Launch, target: GPUTarget) -> Any:
     fn = launch.kernel
     options = {"num_warps": launch.tile.num_warps, "sanitize_overflow": False}
     bind = create_function_from_signature(fn.signature, fn.params, backend)
-    bound, specialization, given = bind(*launch.arguments, *launch.constants, **options)
+    bound, specialization, given = bind(*launch.arguments, **options)
     parsed, signature, constants, attributes = fn._pack_args(
         backend, options, bound, specialization, given
     )

@@ -99,22 +99,26 @@ def lower_mask(body: PointwiseMod, specs: Sequence[TableSpec]) -> Lowered:
 
 
 def lower_score(
-    body: PointwiseMod, specs: Sequence[TableSpec], *, approximate_tanh: bool = False
+    body: PointwiseMod, specs: Sequence[TableSpec], *, tanh: str = "accurate_tanh"
 ) -> Lowered:
-    """The score mod as a function of fp32 scores. Raises: as `lower_mask`."""
+    """The score mod as a function of fp32 scores. Raises: as `lower_mask`.
+
+    Args:
+        tanh: which of `triton_math` to call.
+    """
     arguments = ["score", "b", "h", "q_idx", "kv_idx"]
-    writer = _Writer(body, specs, arguments, "score_mod", approximate_tanh)
+    writer = _Writer(body, specs, arguments, "score_mod", tanh)
     value = writer.emitter.cast(writer.value_of(writer.output).item(), torch.float32)
     result = writer.whole_tile(value, "score")
     return writer.finish("score", "score, b, h, q_idx, kv_idx, tables", result)
 
 
 def lower_gradient(
-    gradient: PointwiseMod, specs: Sequence[TableSpec], *, approximate_tanh: bool = False
+    gradient: PointwiseMod, specs: Sequence[TableSpec], *, tanh: str = "accurate_tanh"
 ) -> Lowered:
     """The derivative of a score mod (`pointwise.derivative`). Raises: as `lower_mask`."""
     arguments = ["score", "b", "h", "q_idx", "kv_idx", "grad"]
-    writer = _Writer(gradient, specs, arguments, "the derivative of score_mod", approximate_tanh)
+    writer = _Writer(gradient, specs, arguments, "the derivative of score_mod", tanh)
     dscore, *dtables = writer.output
     position = 0
     for i, (node, wanted) in enumerate(zip(_wanted(gradient, dtables), gradient.scattered)):
@@ -127,6 +131,24 @@ def lower_gradient(
         value = writer.emitter.cast(writer.value_of(dscore).item(), torch.float32)
     signature = "score, grad, b, h, q_idx, kv_idx, tables, into, HOW, Q_AXIS"
     return writer.finish("gradient", signature, writer.whole_tile(value, "grad"))
+
+
+def tanh_is_added(body: PointwiseMod) -> bool:
+    """Whether every tanh of a score mod is only scaled by numbers and added up to the score."""
+    return all(_is_added(node) for node in body.graph.nodes if node.target is _aten.tanh.default)
+
+
+def _is_added(node: fx.Node) -> bool:
+    for user in node.users:
+        packet = getattr(user.target, "overloadpacket", user.target)
+        by_number = (
+            packet is _aten.mul and len(user.all_input_nodes) == 1 and user.args[0] != user.args[1]
+        )
+        if user.op != "output" and not (
+            (by_number or packet in (_aten.add, _aten.sub, _aten.rsub)) and _is_added(user)
+        ):
+            return False
+    return True
 
 
 def _wanted(gradient: PointwiseMod, dtables: Sequence[Any]) -> list[Any]:
@@ -175,10 +197,10 @@ class _Writer:
         specs: Sequence[TableSpec],
         arguments: list[str],
         kind: str,
-        approximate_tanh: bool = False,
+        tanh: str = "accurate_tanh",
     ) -> None:
         self.body, self.specs, self.kind = body, specs, kind
-        self.emitter = Emitter(approximate_tanh=approximate_tanh)
+        self.emitter = Emitter(tanh=tanh)
         self.values: dict[fx.Node, _Array] = {}
         self.tables: dict[fx.Node, int] = {n: i for i, n in enumerate(body.table_inputs)}
         self.first = [0, *itertools.accumulate(_width(spec) for spec in specs)]

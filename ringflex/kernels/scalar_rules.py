@@ -1,8 +1,9 @@
 """aten operations on scalars as Triton source: one rule per operation.
 
-Approximations, as errors relative to the result, in fp32: `tanh` 8e-7, `erf`, `log1p`, `expm1` and
-`softplus` 1e-6; `pow(x, y)` with y not a small integer 2e-7 * (1 + abs(y * log2(x))); division by a
-number multiplies by its reciprocal, 1.2e-7. With `approximate_tanh`, `tanh` is the GPU's own
+Approximations, as errors relative to the result, in fp32: `tanh` 8e-7 (absolute 2e-7 where it is
+only scaled and added to the score, as in a softcap), `erf`, `log1p`, `expm1` and `softplus` 1e-6;
+`pow(x, y)` with y not a small integer 2e-7 * (1 + abs(y * log2(x))); division by a number
+multiplies by its reciprocal, 1.2e-7. With the option `approximate_tanh`, `tanh` is the GPU's own
 instruction on NVIDIA (sm_75 and later), relative error 2^-11 = 5e-4.
 """
 
@@ -313,8 +314,7 @@ def _rounding(template: str) -> Rule:
 
 
 def _tanh(e: Emitter, out: torch.dtype, x: Value) -> Value:
-    name = "fast_tanh" if e.approximate_tanh else "accurate_tanh"
-    return _function(f"{name}({{0}})")(e, out, x)
+    return _function(f"{e.tanh}({{0}})")(e, out, x)
 
 
 def _power(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:

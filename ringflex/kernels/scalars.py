@@ -70,11 +70,11 @@ def number(value: Number, dtype: torch.dtype | None = None) -> Value:
 
 
 class Emitter:
-    """Collects the lines of one generated function."""
+    """Collects the lines of one generated function. tanh: which of `triton_math` it calls."""
 
-    def __init__(self, *, approximate_tanh: bool = False) -> None:
+    def __init__(self, *, tanh: str = "accurate_tanh") -> None:
         self.lines: list[str] = []
-        self.approximate_tanh = approximate_tanh
+        self.tanh = tanh
         self._names = 0
         self._known: dict[str, str] = {}
 

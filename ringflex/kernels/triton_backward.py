@@ -157,9 +157,9 @@ def _walk_queries(
     ]
 )  # fmt: skip
 def key_kernel(
-    q, k, v, dout, lse, delta, dq, dk, dv,
-    rows, runs, order, q_starts, kv_starts, mask_tables, score_tables, into,
-    scale, q_len, kv_len, q_limit, kv_limit, padded_len, kv_heads, group, blocks,
+    q, k, v, dout, lse, delta, dq, dk, dv, score_tables, into, scale,
+    rows, runs, order, q_starts, kv_starts, mask_tables,
+    q_len, kv_len, q_limit, kv_limit, padded_len, kv_heads, group, blocks,
     row_stride_b, row_stride_h, order_stride_b, order_stride_h, kv_stride_b,
     mask_mod: tl.constexpr, score_mod: tl.constexpr, score_grad: tl.constexpr, HOW: tl.constexpr,
     PARTIAL: tl.constexpr, IN_ORDER: tl.constexpr, ADD: tl.constexpr, ONE_PASS: tl.constexpr,
@@ -252,9 +252,9 @@ def _walk_keys(
     ]
 )  # fmt: skip
 def query_kernel(
-    q, k, v, dout, lse, delta, dq,
-    rows, runs, order, q_starts, kv_starts, mask_tables, score_tables, into,
-    scale, q_len, kv_len, q_limit, kv_limit, padded_len, heads, group, blocks,
+    q, k, v, dout, lse, delta, dq, score_tables, into, scale,
+    rows, runs, order, q_starts, kv_starts, mask_tables,
+    q_len, kv_len, q_limit, kv_limit, padded_len, heads, group, blocks,
     row_stride_b, row_stride_h, kv_stride_b,
     mask_mod: tl.constexpr, score_mod: tl.constexpr, score_grad: tl.constexpr, HOW: tl.constexpr,
     PARTIAL: tl.constexpr, IN_ORDER: tl.constexpr, ADD: tl.constexpr,

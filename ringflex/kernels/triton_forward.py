@@ -79,9 +79,9 @@ def _attend(
     ]
 )  # fmt: skip
 def forward_kernel(
-    q, k, v, out, lse, before_out, before_lse,
-    rows, runs, order, q_starts, kv_starts, mask_tables, score_tables,
-    scale, q_len, kv_len, q_limit, kv_limit, heads, group, blocks,
+    q, k, v, out, lse, before_out, before_lse, score_tables, scale,
+    rows, runs, order, q_starts, kv_starts, mask_tables,
+    q_len, kv_len, q_limit, kv_limit, heads, group, blocks,
     row_stride_b, row_stride_h, kv_stride_b,
     mask_mod: tl.constexpr, score_mod: tl.constexpr, PARTIAL: tl.constexpr, IN_ORDER: tl.constexpr,
     MERGE_OUT: tl.constexpr, MERGE_LSE: tl.constexpr, IN_PLACE: tl.constexpr,

@@ -14,12 +14,11 @@ from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
 from ringflex.kernels.lowering import gradient_arguments
 from ringflex.kernels.triton_backward import key_kernel, query_kernel, row_terms_kernel
 from ringflex.kernels.triton_forward import forward_kernel
-from ringflex.kernels.triton_launch import launch
+from ringflex.kernels.triton_launch import Prepared
 from ringflex.kernels.triton_math import ADD, FIXED, LARGEST, unchanged
 from ringflex.kernels.triton_mods import ScoreMod, accumulators
 from ringflex.kernels.triton_setup import (
     Setup,
-    aligned,
     alignment,
     described,
     padded_dim,
@@ -50,45 +49,54 @@ def forward(
     """See `contract`."""
     setup = Setup.of(q, k, v, mask, options)
     mod = _score_mod(score, q, options)
-    lists = query_lists(mask, q.device)
     out, lse = after
     assert out is not None
     before_out = out if before is None or before.out is None else before.out
     before_lse = lse if before is None else before.lse
     merge = (before is not None and before.out is not None, before is not None)
     in_place = merge[0] and before_out is out and before_lse is lse
-    tma = setup.describable and aligned(q, k, v)
+    starts = alignment(q, k, v, out, lse, before_out, before_lse)
+    tma = setup.describable and not starts & 0b111
     D, D_PAD, DV, DV_PAD = setup.dims
     score_function = None if mod is None else mod.function()
     if mod is None and scale <= 0:  # the kernel takes a positive scale out of the maximum
         score_function = unchanged
 
-    def run(tile: Tile) -> None:
-        launch(
+    key = (
+        "forward", _kind(mod), score_function, out.dtype, out.stride(), before_out.stride(),
+        before_lse.stride(), merge, in_place, starts,
+    )  # fmt: skip
+
+    def arguments(tile: Tile) -> tuple[Any, ...]:
+        return (
+            described(q, tile.block_m, D_PAD) if tma else strided(q),
+            described(k, tile.block_n, D_PAD) if tma else strided(k),
+            described(v, tile.block_n, DV_PAD) if tma else strided(v),
+            strided(out), strided(lse), strided(before_out), strided(before_lse),
+            () if mod is None else mod.arguments, scale,
+        )  # fmt: skip
+
+    def prepare(tile: Tile) -> Prepared:
+        lists = query_lists(mask, q.device)
+        return Prepared(
             forward_kernel,
             (setup.batch * setup.heads * lists.blocks * (mask.block_size[0] // tile.block_m), 1, 1),
             (
-                described(q, tile.block_m, D_PAD) if tma else strided(q),
-                described(k, tile.block_n, D_PAD) if tma else strided(k),
-                described(v, tile.block_n, DV_PAD) if tma else strided(v),
-                strided(out), strided(lse), strided(before_out), strided(before_lse),
-                *setup.lists(lists), setup.mask_mod.tables, () if mod is None else mod.arguments,
-                scale, *setup.lengths, setup.heads, setup.group, lists.blocks,
-                *setup.row_strides(lists), setup.kv_stride,
+                *setup.lists(lists), setup.mask_mod.tables, *setup.lengths, setup.heads,
+                setup.group, lists.blocks, *setup.row_strides(lists), setup.kv_stride,
             ),
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
                 setup.positions.kv_in_order, *merge, in_place,
                 *setup.tiles(tile), *setup.dims, tma, setup.precision, tile.num_stages,
             ),
-            tile, setup.compiled,
-            (
-                _kind(mod), out.dtype, out.stride(), before_out.stride(), before_lse.stride(),
-                alignment(q, k, v, out, lse, before_out, before_lse),
-            ),
+            tile,
         )  # fmt: skip
 
-    run(setup.tile("forward", mod, None if in_place else run))
+    ready = setup.prepared.get(key)
+    if ready is None:
+        ready = setup.prepare(key, "forward", mod, prepare, None if in_place else arguments)
+    ready(*arguments(ready.tile))
 
 
 def row_terms(
@@ -103,22 +111,22 @@ def row_terms(
     B, H, q_len, DV = out.shape
     padded = mask.q_blocks * mask.block_size[0]
     terms = RowTerms(*(torch.empty(B, H, padded, device=out.device) for _ in range(2)))
-    rows = 64 if DV <= 128 else 32
     dlse_or_lse = lse if dlse is None else dlse
-    launch(
-        row_terms_kernel,
-        (-(-padded // rows), B * H, 1),
-        (
-            strided(out), strided(dout), strided(lse), strided(dlse_or_lse),
-            *terms, q_len, padded, H,
-        ),
-        (dlse is not None, rows, DV, padded_dim(DV)),
-        Tile(rows, rows, 4, 1), mask.cache.setdefault("row terms", {}),
-        (
-            out.dtype, dout.dtype, out.shape, out.stride(), dout.stride(), dlse_or_lse.stride(),
-            out.device, alignment(out, dout, lse, dlse_or_lse),
-        ),
+    key = (
+        "row terms", out.dtype, dout.dtype, out.shape, out.stride(), dout.stride(), dlse is None,
+        dlse_or_lse.stride(), out.device, alignment(out, dout, lse, dlse_or_lse),
     )  # fmt: skip
+    ready = mask.cache.get(key)
+    if ready is None:
+        rows = 64 if DV <= 128 else 32
+        ready = mask.cache[key] = Prepared(
+            row_terms_kernel,
+            (-(-padded // rows), B * H, 1),
+            (q_len, padded, H),
+            (dlse is not None, rows, DV, padded_dim(DV)),
+            Tile(rows, rows, 4, 1),
+        )
+    ready(strided(out), strided(dout), strided(lse), strided(dlse_or_lse), *terms)
     return terms
 
 
@@ -171,13 +179,14 @@ class _Backward:
         self.setup, self.mod, self.terms, self.scale = setup, mod, terms, scale
         self.dout, self.q, self.k, self.v, self.gradients = dout, q, k, v, gradients
         regular = all(s > 0 and s * dout.element_size() % 16 == 0 for s in dout.stride()[:-1])
-        self.tma = setup.describable and dout.stride(3) == 1 and regular
-        self.tma &= aligned(q, k, v, dout)
-        self.score_function = None if mod is None else mod.function()
-        self.score_tables = () if mod is None else mod.arguments
         g = gradients
         starts = alignment(q, k, v, dout, g.dq, g.dk, g.dv)
-        self.key = (_kind(mod), dout.stride(), g.dq.dtype, g.dk.dtype, starts)
+        self.tma = setup.describable and dout.stride(3) == 1 and regular and not starts & 0b1111
+        self.score_function = None if mod is None else mod.function()
+        self.score_tables = () if mod is None else mod.arguments
+        self.key = (
+            _kind(mod), self.score_function, dout.stride(), g.dq.dtype, g.dk.dtype, starts
+        )  # fmt: skip
 
     def gradient_function(self, wanted: Sequence[bool]) -> Any:
         """The derivative of the score mod, which adds into the tables that are wanted."""
@@ -205,40 +214,49 @@ class _Backward:
     ) -> None:
         """dK and dV; with `dq`, zeros of fp32, also dQ and the gradients of tables (one pass)."""
         setup, g, mask = self.setup, self.gradients, self.setup.mask
-        lists = key_lists(mask, setup.group, self.q.device)
-        apart = mask.H > 1
-        order_stride_h = lists.blocks if apart else 0
-        order_stride_b = lists.blocks * (setup.kv_heads if apart else 1) if mask.B > 1 else 0
-        tiles_per_block = lambda tile: mask.block_size[1] // tile.block_n
+        key = ("keys", *self.key, dq is not None, tuple(wanted), g.add_kv)
+        target = g.dk if dq is None else dq
 
-        def run(tile: Tile) -> None:
+        def rows_by_descriptor(tile: Tile) -> bool:
+            return self.tma and tile.block_m >= 32  # 128 bytes, as shared memory is written
+
+        def arguments(tile: Tile) -> tuple[Any, ...]:
             rows: tuple[Any, ...] = self.terms
-            rows_tma = self.tma and tile.block_m >= 32  # 128 bytes, as shared memory is written
-            if rows_tma:
+            if rows_by_descriptor(tile):
                 rows = tuple(described(x.flatten(0, 1), 1, tile.block_m) for x in rows)
-            launch(
+            return (
+                *self.tensors(tile), *rows, strided(target), strided(g.dk), strided(g.dv),
+                self.score_tables, gradient_arguments(pairs), self.scale,
+            )  # fmt: skip
+
+        def prepare(tile: Tile) -> Prepared:
+            lists = key_lists(mask, setup.group, self.q.device)
+            apart = mask.H > 1
+            order_stride_h = lists.blocks if apart else 0
+            order_stride_b = lists.blocks * (setup.kv_heads if apart else 1) if mask.B > 1 else 0
+            tiles = lists.blocks * (mask.block_size[1] // tile.block_n)
+            return Prepared(
                 key_kernel,
-                (setup.batch * setup.kv_heads * lists.blocks * tiles_per_block(tile), 1, 1),
+                (setup.batch * setup.kv_heads * tiles, 1, 1),
                 (
-                    *self.tensors(tile), *rows, strided(g.dk if dq is None else dq),
-                    strided(g.dk), strided(g.dv),
-                    *setup.lists(lists), setup.mask_mod.tables, self.score_tables,
-                    gradient_arguments(pairs), self.scale, *setup.lengths,
+                    *setup.lists(lists), setup.mask_mod.tables, *setup.lengths,
                     self.terms.delta.shape[2], setup.kv_heads, setup.group, lists.blocks,
                     *setup.row_strides(lists), order_stride_b, order_stride_h, setup.kv_stride,
                 ),
                 (
                     setup.mask_mod.function, self.score_function, self.gradient_function(wanted),
                     ADD.value, setup.has_partial(lists), setup.positions.kv_in_order,
-                    g.add_kv, dq is not None,
-                    *setup.tiles(tile), *setup.dims, self.tma, rows_tma, setup.precision,
-                    tile.num_stages,
+                    g.add_kv, dq is not None, *setup.tiles(tile), *setup.dims,
+                    self.tma, rows_by_descriptor(tile), setup.precision, tile.num_stages,
                 ),
-                tile, setup.compiled, self.key,
+                tile,
             )  # fmt: skip
 
-        repeatable = dq is None and not g.add_kv
-        run(setup.tile("key", self.mod, run if repeatable else None))
+        ready = setup.prepared.get(key)
+        if ready is None:
+            repeatable = dq is None and not g.add_kv
+            ready = setup.prepare(key, "key", self.mod, prepare, arguments if repeatable else None)
+        ready(*arguments(ready.tile))
 
     def queries(
         self,
@@ -250,17 +268,22 @@ class _Backward:
     ) -> None:
         """dQ, and the gradients of tables by `how`."""
         setup, mask = self.setup, self.setup.mask
-        lists = query_lists(mask, self.q.device)
+        key = ("queries", *self.key, tuple(wanted), add, how)
 
-        def run(tile: Tile) -> None:
-            tiles_per_block = mask.block_size[0] // tile.block_m
-            launch(
+        def arguments(tile: Tile) -> tuple[Any, ...]:
+            return (
+                *self.tensors(tile), *self.terms, strided(dq),
+                self.score_tables, gradient_arguments(pairs), self.scale,
+            )  # fmt: skip
+
+        def prepare(tile: Tile) -> Prepared:
+            lists = query_lists(mask, self.q.device)
+            tiles = lists.blocks * (mask.block_size[0] // tile.block_m)
+            return Prepared(
                 query_kernel,
-                (setup.batch * setup.heads * lists.blocks * tiles_per_block, 1, 1),
+                (setup.batch * setup.heads * tiles, 1, 1),
                 (
-                    *self.tensors(tile), *self.terms, strided(dq),
-                    *setup.lists(lists), setup.mask_mod.tables, self.score_tables,
-                    gradient_arguments(pairs), self.scale, *setup.lengths,
+                    *setup.lists(lists), setup.mask_mod.tables, *setup.lengths,
                     self.terms.delta.shape[2], setup.heads, setup.group, lists.blocks,
                     *setup.row_strides(lists), setup.kv_stride,
                 ),
@@ -269,10 +292,16 @@ class _Backward:
                     how, setup.has_partial(lists), setup.positions.kv_in_order, add,
                     *setup.tiles(tile), *setup.dims, self.tma, setup.precision, tile.num_stages,
                 ),
-                tile, setup.compiled, self.key,
+                tile,
             )  # fmt: skip
 
-        run(setup.tile("query", self.mod, None if pairs or add else run))
+        ready = setup.prepared.get(key)
+        if ready is None:
+            repeatable = not pairs and not add
+            ready = setup.prepare(
+                key, "query", self.mod, prepare, arguments if repeatable else None
+            )
+        ready(*arguments(ready.tile))
 
     def one_pass(self, wanted: Sequence[bool]) -> None:
         """Everything by the key kernel, with atomic additions into dQ."""

@@ -1,4 +1,4 @@
-"""Launching a Triton kernel: the first time through its JIT, then straight."""
+"""Launching Triton kernels: the first time through the JIT, then straight."""
 
 from __future__ import annotations
 
@@ -7,26 +7,31 @@ from typing import Any
 from ringflex.kernels.contract import Tile
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    arguments: tuple[Any, ...],
-    constants: tuple[Any, ...],
-    tile: Tile,
-    compiled: dict[Any, Any],
-    key: Any,
-) -> None:
-    """Runs `kernel(*arguments, *constants)` on the current device and stream.
+class Prepared:
+    """A kernel with all arguments but the first ones, which change from call to call.
 
-    Args:
-        compiled: where kernels are kept, by `key`, which must distinguish all that Triton
-            specialises on. Triton finds that out itself, but in a third of a small launch's time.
+    Calling it with those launches it on the current device and stream. Triton's JIT works out anew
+    at every launch what a kernel was compiled for, which takes longer than a small launch; so a
+    prepared kernel must only be called with arguments that it specialises on alike: the same
+    dtypes, strides and alignment.
     """
-    key = (kernel, key, constants, tile)
-    ready = compiled.get(key)
-    if ready is None:
-        compiled[key] = kernel[grid](*arguments, *constants, num_warps=tile.num_warps) or False
-    elif ready is False:  # the interpreter compiles nothing
-        kernel[grid](*arguments, *constants, num_warps=tile.num_warps)
-    else:
-        ready[grid](*arguments, *constants)
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        fixed: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        tile: Tile,
+    ) -> None:
+        self.tile = tile
+        self._kernel, self._grid, self._rest = kernel, grid, (*fixed, *constants)
+        self._compiled: Any = None
+
+    def __call__(self, *varying: Any) -> None:
+        if self._compiled is not None:
+            self._compiled(*varying, *self._rest)
+            return
+        launched = self._kernel[self._grid](*varying, *self._rest, num_warps=self.tile.num_warps)
+        if launched is not None:  # the interpreter compiles nothing
+            self._compiled = launched[self._grid]

@@ -14,6 +14,7 @@ from ringflex.kernels.lowering import (
     lower_mask,
     lower_score,
     table_arguments,
+    tanh_is_added,
 )
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.pointwise import PointwiseMod, derivative, pointwise
@@ -69,26 +70,26 @@ class ScoreMod:
         with torch.no_grad():
             self.tables = [t.to(device) for t in self.body.tables(score.captures)]
         self.specs = tuple(TableSpec.of(t) for t in self.tables)
-        self.approximate_tanh = approximate_tanh or score.approximate_tanh
-        self.approximate_tanh &= device.type == "cuda" and torch.version.hip is None
+        if "tanh" not in self.cache:
+            self.cache["tanh"] = "level_tanh" if tanh_is_added(self.body) else "accurate_tanh"
+        nvidia = device.type == "cuda" and torch.version.hip is None
+        approximate = nvidia and (approximate_tanh or score.approximate_tanh)
+        self.tanh: str = "fast_tanh" if approximate else self.cache["tanh"]
         self.arguments = table_arguments(self.tables, self.specs)
 
     def function(self) -> Any:
         """`score(score, b, h, q_idx, kv_idx, tables)`."""
-        key = ("score", self.specs, self.approximate_tanh)
+        key = ("score", self.specs, self.tanh)
         if key not in self.cache:
-            self.cache[key] = lower_score(
-                self.body, self.specs, approximate_tanh=self.approximate_tanh
-            ).function
+            self.cache[key] = lower_score(self.body, self.specs, tanh=self.tanh).function
         return self.cache[key]
 
     def gradient(self, wanted: Sequence[bool]) -> Any:
         """`gradient(score, grad, b, h, q_idx, kv_idx, tables, into, HOW, Q_AXIS)`."""
-        key = ("gradient", tuple(wanted), self.specs, self.approximate_tanh)
+        key = ("gradient", tuple(wanted), self.specs, self.tanh)
         if key not in self.cache:
-            self.cache[key] = lower_gradient(
-                derivative(self.body, wanted), self.specs, approximate_tanh=self.approximate_tanh
-            ).function
+            gradient = derivative(self.body, wanted)
+            self.cache[key] = lower_gradient(gradient, self.specs, tanh=self.tanh).function
         return self.cache[key]
 
     def wanted(self, dcaptures: Sequence[Tensor | None]) -> tuple[bool, ...]:

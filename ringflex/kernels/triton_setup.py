@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ringflex.kernels.block_lists import BlockLists, positions
 from ringflex.kernels.contract import KernelOptions, Tile
+from ringflex.kernels.triton_launch import Prepared
 from ringflex.kernels.triton_mods import ScoreMod, mask_mod
 from ringflex.kernels.triton_tiles import architecture, fit_blocks, tile_for
 from ringflex.masks.block_mask import BlockMask
@@ -34,8 +36,7 @@ class Setup:
         D, Dv = q.shape[3], v.shape[3]
         self.dims = (D, padded_dim(D), Dv, padded_dim(Dv))
         self.describable = self._descriptors_serve() and all(map(describable, (q, k, v)))
-        self.compiled: dict[Any, Any] = {}
-        self._tiles: dict[Any, Tile] = {}
+        self.prepared: dict[Any, Prepared] = {}
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: KernelOptions) -> Setup:
@@ -65,34 +66,39 @@ class Setup:
         repeats *= self.heads if self.mask.H == 1 else 1
         return self.mask.visible_blocks * math.prod(self.mask.block_size) * repeats
 
-    def tile(self, kernel: str, score: ScoreMod | None, run: Any) -> Tile:
-        """The tile to use: the user's, the table's, or the fastest if asked to measure.
+    def prepare(
+        self,
+        key: Any,
+        kernel: str,
+        score: ScoreMod | None,
+        prepare: Callable[[Tile], Prepared],
+        arguments: Callable[[Tile], tuple[Any, ...]] | None,
+    ) -> Prepared:
+        """A kernel for `key`, kept in `prepared`, with the user's tile, the table's, or the
+        fastest if asked to measure.
 
         Args:
-            run: launches the kernel with a tile; None if that must not be done twice.
+            kernel: "forward", "key" or "query".
+            arguments: what to call it with; None if it must not be launched twice.
         """
-        key = (kernel, None if score is None else score.function())
-        if key not in self._tiles:
-            self._tiles[key] = self._choose(kernel, score, run)
-        return self._tiles[key]
+        tile = self._tile_asked_for(kernel)
+        if tile is None:
+            dims = (self.dims[1], self.dims[3])
+            kinds = (self.mask_mod.function is not None, score is not None)
+            tile = tile_for(kernel, self.where, self.dtype, dims, self.mask.block_size, *kinds)
+            if self.options.tune and arguments is not None:
+                from ringflex.kernels.triton_tuning import fastest_tile
 
-    def _choose(self, kernel: str, score: ScoreMod | None, run: Any) -> Tile:
+                run = lambda t: prepare(t)(*arguments(t))
+                tile = fastest_tile(kernel, run, tile, self, score)
+        self.prepared[key] = prepare(tile)
+        return self.prepared[key]
+
+    def _tile_asked_for(self, kernel: str) -> Tile | None:
         for name, tile in self.options.tiles:
             if name == kernel:
                 return fit_blocks(tile, self.mask.block_size)
-        tile = tile_for(
-            kernel,
-            self.where,
-            self.dtype,
-            (self.dims[1], self.dims[3]),
-            self.mask.block_size,
-            score is not None,
-        )
-        if self.options.tune and run is not None:
-            from ringflex.kernels.triton_tuning import fastest_tile
-
-            return fastest_tile(kernel, run, tile, self, score)
-        return tile
+        return None
 
     def tiles(self, tile: Tile) -> tuple[int, int, int, int]:
         """Tokens per tile, and tiles per block of the mask."""
@@ -134,18 +140,18 @@ def describable(x: Tensor) -> bool:
     return last == 1 and regular and x.shape[3] * size >= 16
 
 
-def aligned(*tensors: Tensor) -> bool:
-    """Whether all tensors begin at a multiple of 16 bytes, as descriptors want."""
-    return not any(x.data_ptr() & 15 for x in tensors)
-
-
 def alignment(*tensors: Tensor) -> int:
-    """Which of the tensors do not: Triton compiles for each of them."""
-    return sum(bool(x.data_ptr() & 15) << i for i, x in enumerate(tensors))
+    """A bit for each tensor: 1 if it does not begin at a multiple of 16 bytes, as descriptors want
+    and Triton compiles for."""
+    bits = 0
+    for i, x in enumerate(tensors):
+        if x.data_ptr() & 15:
+            bits |= 1 << i
+    return bits
 
 
 def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A `describable`, `aligned` tensor by descriptor, read in tiles of `rows` x `columns`."""
+    """A `describable`, aligned tensor by descriptor, read in tiles of `rows` x `columns`."""
     descriptor = object.__new__(TensorDescriptor)  # its checks are those, and cost a launch's time
     descriptor.base, descriptor.shape, descriptor.strides = x, list(x.shape), list(x.stride())
     descriptor.block_shape = [1] * (x.ndim - 2) + [rows, columns]

@@ -19,6 +19,10 @@ _SM90: _Table = {
     "key": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 64, 8, 2)},
     "query": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 4, 2)},
 }
+_SM90_FULL: _Table = {
+    **_SM90,
+    "forward": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 2)},
+}
 _SM90_WITH_SCORE: _Table = {
     "forward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(128, 64, 8, 2)},
     "key": {64: Tile(64, 64, 4, 3), 128: Tile(64, 128, 8, 3), 256: Tile(64, 64, 8, 2)},
@@ -70,6 +74,7 @@ def tile_for(
     dtype: torch.dtype,
     head_dims: tuple[int, int],
     block_size: tuple[int, int],
+    with_mask: bool,
     with_score: bool,
 ) -> Tile:
     """The table's tile, cut to the mask's blocks and the device's shared memory.
@@ -78,9 +83,10 @@ def tile_for(
         kernel: "forward", "key" or "query".
         head_dims: of q and k, and of v; rounded up to powers of two.
         block_size: of the mask, for queries and keys.
-        with_score: whether there is a score mod.
+        with_mask: whether anything is hidden. with_score: whether there is a score mod.
     """
-    tile = _table(where, dtype, with_score)[kernel][max(64, *head_dims)]
+    table = _table(where, dtype, with_mask, with_score)
+    tile = table[kernel][max(64, *head_dims)]
     tile = fit_blocks(tile, block_size)
     while _shared_bytes(kernel, tile, dtype.itemsize, head_dims) > where.shared_memory:
         if tile.num_stages > 1:
@@ -94,11 +100,11 @@ def tile_for(
     return tile
 
 
-def _table(where: Architecture, dtype: torch.dtype, with_score: bool) -> _Table:
+def _table(where: Architecture, dtype: torch.dtype, with_mask: bool, with_score: bool) -> _Table:
     if dtype == torch.float32 and where.name != "interpreter":
         return _SINGLE
     if where.name == "cuda" and where.capability[0] == 9:
-        return _SM90_WITH_SCORE if with_score else _SM90
+        return _SM90_WITH_SCORE if with_score else _SM90 if with_mask else _SM90_FULL
     if where.name == "cuda" and where.capability[0] >= 10:
         return _SM100
     return _OTHER

@@ -1,7 +1,7 @@
 """The search for the fastest tile (`kernel_options={"tune": True}`), and its memory on disk.
 
-Findings are kept in `~/.cache/ringflex/tiles.json`: by GPU, Triton version, kernel, dtype, head dims,
-block size, mods, and lengths up to a factor of two.
+Findings are kept in `~/.cache/ringflex/tiles.json`: by GPU, Triton version, kernel, dtype, head
+dims, block size, mods, and lengths up to a factor of two.
 """
 
 from __future__ import annotations

@@ -16,13 +16,60 @@ from ringflex.parallel import schedule
 from ringflex.parallel.plan import Plan
 
 
-class Attention(torch.autograd.Function):
-    """`(q, k, v, sinks, *captures) -> (out, lse)`.
+def attention(
+    plan: Plan,
+    kernel: ModuleType,
+    score: TracedMod | None,
+    scale: float,
+    options: KernelOptions,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)`, differentiable in q, k, v, sinks and the score mod's captured tensors."""
+    captures = () if score is None else score.captures
+    inputs = (q, k, v, *captures) if sinks is None else (q, k, v, sinks, *captures)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        result: tuple[Tensor, Tensor] = Attention.apply(
+            plan, kernel, score, scale, options, q, k, v, sinks, *captures
+        )
+        return result
+    return _forward(plan, kernel, score, scale, options, q, k, v, sinks, q.dtype)[3:]
+
+
+def _forward(
+    plan: Plan,
+    kernel: ModuleType,
+    score: TracedMod | None,
+    scale: float,
+    options: KernelOptions,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v without what their padding holds; out in `out_dtype`; lse.
 
     A sink is one more key without a value (Xiao et al., "Efficient Streaming Language Models with
     Attention Sinks", 2023; a learned logit per head as in gpt-oss, 2025): it enters as the result
     (out 0, lse = sink) that the first step merges into.
     """
+    if _padding(plan, q.device) is not None:
+        q, k, v = (_zero_padding(plan, x) for x in (q, k, v))
+    out = _empty_like(q, v.shape[3], out_dtype)
+    lse = torch.empty(q.shape[:3], dtype=compute_dtype(q.dtype), device=q.device)
+    before = None
+    if sinks is not None:
+        before = Partial(None, sinks.to(lse.dtype)[None, :, None].expand_as(lse))
+    with _no_autocast(q):
+        schedule.forward(plan, kernel, q, k, v, score, scale, before, Partial(out, lse), options)
+    return q, k, v, out, lse
+
+
+class Attention(torch.autograd.Function):
+    """`(q, k, v, sinks, *captures) -> (out, lse)`."""
 
     @staticmethod
     def forward(
@@ -38,28 +85,21 @@ class Attention(torch.autograd.Function):
         sinks: Tensor | None,
         *captures: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = (_zero_padding(plan, x) for x in (q, k, v))
-        dtype = compute_dtype(q.dtype)
         # delta from a rounded out is off by a constant per row. That all but cancels in dq, dk and
         # dv, but adds up in the gradient of a bias or a slope, which sums over whole rows.
         exact = any(ctx.needs_input_grad[_FIRST_CAPTURE:])
-        out = _empty_like(q, v.shape[3], dtype if exact else q.dtype)
-        lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-        before = None
-        if sinks is not None:
-            before = Partial(None, sinks.to(dtype)[None, :, None].expand_as(lse))
-        with _no_autocast(q):
-            schedule.forward(
-                plan, kernel, q, k, v, score, scale, before, Partial(out, lse), options
-            )
-        rounded = out.to(q.dtype)
+        dtype = q.dtype
+        q, k, v, out, lse = _forward(
+            plan, kernel, score, scale, options, q, k, v, sinks,
+            compute_dtype(dtype) if exact else dtype,
+        )  # fmt: skip
         ctx.plan, ctx.kernel, ctx.score, ctx.scale, ctx.options = (
             plan, kernel, score, scale, options,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         # Captures are saved so that autograd notices if one is changed in place before backward.
         ctx.save_for_backward(q, k, v, sinks, out, lse, *captures)
-        return rounded, lse
+        return out.to(dtype), lse
 
     @staticmethod
     @once_differentiable
@@ -113,14 +153,20 @@ def _empty_like(q: Tensor, Dv: int, dtype: torch.dtype) -> Tensor:
 def _zero_padding(plan: Plan, x: Tensor) -> Tensor:
     """`x [B, H, local_len, ...]` with padding slots zero: what they hold may be NaN, and a weight
     of zero would not keep it out of a sum."""
-    if plan.rows.q_len != plan.local_len:  # one device, any length: no slots but tokens
-        return x
-    if x.device not in plan.cache:
-        plan.cache[x.device] = None if plan.valid.all() else (~plan.valid).to(x.device)
-    padding: Tensor | None = plan.cache[x.device]
+    padding = _padding(plan, x.device)
     if padding is None:
         return x
     return x.masked_fill(padding.view(1, 1, -1, *[1] * (x.ndim - 3)), 0)
+
+
+def _padding(plan: Plan, device: torch.device) -> Tensor | None:
+    """bool `[local_len]`: which slots are padding; None if none is."""
+    if device not in plan.cache:
+        # One device, any length: no slots but tokens.
+        whole = plan.rows.q_len != plan.local_len or bool(plan.valid.all())
+        plan.cache[device] = None if whole else (~plan.valid).to(device)
+    padding: Tensor | None = plan.cache[device]
+    return padding
 
 
 class _Unshard(torch.autograd.Function):
