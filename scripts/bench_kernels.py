@@ -44,6 +44,7 @@ from ringflex.reference import reference_attention_with_gradients
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 MASKS = ("full", "causal", "window", "documents", "alibi", "softcap", "prefix")
+TILED_MASKS = ("causal", "softcap", "full")
 OURS, FLEX = "ringflex", "torch flex"
 WINDOW = 4096
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -170,21 +171,6 @@ def _importable(name: str) -> bool:
     return True
 
 
-def milliseconds(fn: Callable[[], Any], seconds: float = 0.12) -> float:
-    """Median of CUDA-event timings, after a warm-up."""
-    fn()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < 1e3 * seconds and len(times) < 40):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        fn()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
 def time_one(run: Run, tensors: tuple[Tensor, ...], seconds: float = 0.4) -> dict[str, float]:
     """Median forward and backward milliseconds; peak memory of both, beyond inputs, in bytes."""
     *leaves, dout = tensors
@@ -257,12 +243,11 @@ def check(mask: str, dim: int, tokens: int = 2048) -> dict[str, Any]:
 
 def host_overhead() -> dict[str, float]:
     """Microseconds that one call takes on the host, at 128 tokens, after the first."""
-    spec = Spec(mask="causal", tokens=128, heads=8, kv_heads=2, dim=128)
     found = {}
     for mask in ("causal", "softcap"):
         spec = Spec(mask=mask, tokens=128, heads=8, kv_heads=2, dim=128)
-        p, (*leaves, dout) = problem(spec), inputs(spec)
-        for name, run in contenders(spec, p, peers=False):
+        leaves = inputs(spec)[:3]
+        for name, run in contenders(spec, problem(spec), peers=False):
             for grad in (False, True):
                 with torch.set_grad_enabled(grad):
                     for _ in range(20):
@@ -282,38 +267,34 @@ def host_overhead() -> dict[str, float]:
 
 
 def sweep_tiles(dims: list[int], tokens: int) -> None:
-    """Times every candidate tile of every kernel, for causal attention without and with a mod."""
-    for dim, mask in itertools.product(dims, ("causal", "softcap", "full")):
+    """Times every candidate tile of every kernel: milliseconds of the forward or the backward."""
+    for dim, mask, kernel in itertools.product(dims, TILED_MASKS, CANDIDATES):
         spec = Spec(mask=mask, tokens=tokens, heads=32, kv_heads=8, dim=dim)
-        p, (*leaves, dout) = problem(spec), inputs(spec)
-        ours = p.mask_mod and rf.create_block_mask(p.mask_mod, None, None, tokens, tokens)
-        for kernel, tiles in CANDIDATES.items():
-            found = []
-            for tile in tiles:
-                run = lambda tile=tile, kernel=kernel: rf.flex_attention(
-                    *leaves, p.score_mod, ours, enable_gqa=True,
-                    kernel_options={"tiles": {kernel: tile}},
-                )  # fmt: skip
-                try:
-                    out = run()
-                    if kernel == "forward":
-                        with torch.no_grad():
-                            took = milliseconds(run)
-                    else:
-                        took = milliseconds(
-                            lambda out=out: torch.autograd.grad(
-                                out, leaves, dout, retain_graph=True
-                            )
-                        )
-                except Exception as error:
-                    found.append((math.inf, tile, type(error).__name__))
-                    continue
-                found.append((took, tile, ""))
-            line = ", ".join(
-                f"{'x'.join(map(str, t[:2]))} w{t[2]} s{t[3]}: {ms:.2f}{e}"
-                for ms, t, e in sorted(found)
-            )
-            print(f"D{dim} {mask} {kernel}: {line}", flush=True)
+        found = []
+        for tile, run in tiled(spec, kernel):
+            try:
+                took = time_one(run, inputs(spec))
+                found.append((took["forward" if kernel == "forward" else "backward"], tile, ""))
+            except Exception as error:
+                found.append((math.inf, tile, type(error).__name__))
+        line = ", ".join(
+            f"{t[0]}x{t[1]} w{t[2]} s{t[3]}: {ms:.2f}{error}" for ms, t, error in sorted(found)
+        )
+        print(f"D{dim} {mask} {kernel}: {line}", flush=True)
+
+
+def tiled(spec: Spec, kernel: str) -> Iterator[tuple[Any, Run]]:
+    """ringflex with each candidate tile of a kernel."""
+    p, S = problem(spec), spec.tokens
+    ours = p.mask_mod and rf.create_block_mask(p.mask_mod, None, None, S, S)
+    for tile in CANDIDATES[kernel]:
+        options = {"tiles": {kernel: tile}}
+        yield (
+            tile,
+            lambda q, k, v, options=options: rf.flex_attention(
+                q, k, v, p.score_mod, ours, enable_gqa=True, kernel_options=options
+            ),
+        )
 
 
 def warm(specs: list[Spec], processes: int, what: str) -> None:
@@ -329,39 +310,23 @@ def warm(specs: list[Spec], processes: int, what: str) -> None:
 
 def compile_part(specs: list[Spec], what: str) -> None:
     for spec in specs:
-        try:
-            p, (*leaves, dout) = problem(spec), inputs(spec)
-            if what == "tiles":
-                _compile_tiles(spec, p, leaves, dout)
-                continue
-            for _, run in contenders(spec, p, peers=False):
-                torch.autograd.grad(run(*leaves), leaves, dout)
-            torch.compiler.reset()
-            torch.cuda.empty_cache()
-        except Exception as error:
-            print(f"compiling {spec}: {error}"[:300], flush=True)
-
-
-def _compile_tiles(spec: Spec, p: Problem, leaves: list[Tensor], dout: Tensor) -> None:
-    S = spec.tokens
-    ours = p.mask_mod and rf.create_block_mask(p.mask_mod, None, None, S, S)
-    for kernel, tiles in CANDIDATES.items():
-        for tile in tiles:
-            options = {"tiles": {kernel: tile}}
+        *leaves, dout = inputs(spec)
+        runs = (run for _, run in contenders(spec, problem(spec), peers=False))
+        if what == "tiles":
+            runs = (run for kernel in CANDIDATES for _, run in tiled(spec, kernel))
+        for run in runs:
             try:
-                out = rf.flex_attention(
-                    *leaves, p.score_mod, ours, enable_gqa=True, kernel_options=options
-                )
-                if kernel != "forward":
-                    torch.autograd.grad(out, leaves, dout)
-            except Exception:
-                continue
+                torch.autograd.grad(run(*leaves), leaves, dout)
+            except Exception as error:
+                print(f"compiling {spec}: {error}"[:300], flush=True)
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line per case; every contender's rates, and ours as a ratio to FlexAttention's."""
+    """Markdown: a line per case, with every contender's rates and ours as a ratio."""
     lines = [
-        "| mask, tokens, heads, dim | ringflex fwd / bwd | x torch flex | others, fwd / bwd | memory |",
+        "| mask, tokens, heads, dim | ringflex, fwd / bwd | x torch flex | others | x memory |",
         "|---|---|---|---|---|",
     ]
     for case in dict.fromkeys(_case(r) for r in rows):
@@ -449,7 +414,7 @@ def main() -> None:
     started = time.time()
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     if arguments.tiles:
-        kinds = itertools.product(arguments.dims, ("causal", "softcap", "full"))
+        kinds = itertools.product(arguments.dims, TILED_MASKS)
         specs = [Spec(mask=m, tokens=1024, heads=32, kv_heads=8, dim=d) for d, m in kinds]
         warm(specs, workers, "tiles")
         print(f"compiled after {time.time() - started:.0f} s", flush=True)

@@ -21,10 +21,12 @@ from ringflex.kernels.scalars import (
     TRITON_NAMES,
     Emitter,
     Number,
+    Unsupported,
     Value,
     bounds_of,
     number,
     range_of,
+    widened,
     within,
 )
 
@@ -68,12 +70,17 @@ def _comparison(symbol: str) -> Rule:
         x, y = _common(e, x, y)
         if x.is_number and y.is_number:
             return number(bool(_COMPARE[symbol](x.number, y.number)))
-        if x.bounds is not None and y.bounds is not None:
-            known = {_COMPARE[symbol](a, b) for a in x.bounds for b in y.bounds}
-            ordered = symbol in ("<", "<=", ">", ">=")
-            if ordered and len(known) == 1:
-                return number(known.pop())
-        return e.let(f"{x.text} {symbol} {y.text}", torch.bool, [x, y])
+        if x.dtype.is_floating_point:
+            text = f"{x.text} {symbol} {y.text}"
+            if (x.depends | y.depends) <= {"b", "h"}:  # the interpreter takes it for no boolean
+                text = f"tl.where({text}, 1, 0) != 0"
+            return e.let(text, torch.bool, [x, y])
+        known = {_COMPARE[symbol](a, b) for a in bounds_of(x) for b in bounds_of(y)}
+        if symbol not in ("==", "!=") and len(known) == 1:  # whatever the indices
+            return number(known.pop())
+        narrow = within(bounds_of(x), INT32) and within(bounds_of(y), INT32)
+        one, other = (v.text if narrow else widened(v) for v in (x, y))
+        return e.let(f"{one} {symbol} {other}", torch.bool, [x, y])
 
     return rule
 
@@ -231,12 +238,12 @@ def _fmod(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
 def _extremum(name: str, f: Callable[..., int]) -> Rule:
     def rule(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
         x, y = e.cast(x, out), e.cast(y, out)
+        if x.is_number and y.is_number:
+            return number(f(x.number, y.number), out)
         if out.is_floating_point:
             text = f"tl.{name}({_tensor(e, x)}, {y.text}, propagate_nan=tl.PropagateNan.ALL)"
             return e.let(text, out, [x, y])
         bounds = tuple(f(a, b) for a, b in zip(bounds_of(x), bounds_of(y), strict=True))
-        if bounds == x.bounds:
-            return x
         return e.integer(f"tl.{name}({{}}, {{}})", out, [x, y], cast(tuple[int, int], bounds))
 
     return rule
@@ -397,10 +404,6 @@ def _reverse(rule: str) -> Rule:
     return lambda e, out, x, y, **kw: RULES[getattr(_aten, rule)](e, out, y, x, **kw)
 
 
-class Unsupported(Exception):
-    """What a rule cannot do with its operands."""
-
-
 _aten = torch.ops.aten
 RULES: dict[Any, Rule] = {
     _aten.add: _arithmetic("+", operator.add),
@@ -496,4 +499,5 @@ RULES: dict[Any, Rule] = {
     _aten.zeros: _filled(0),
     _aten.ones_like: _filled(1),
     _aten.ones: _filled(1),
+    _aten.new_ones: _filled(1),
 }

@@ -17,6 +17,7 @@ import torch
 
 Number = bool | int | float
 HALF = (torch.float16, torch.bfloat16)
+LARGEST_INDEX = 2**30  # positions in a sequence: sums and differences of two fit in 32 bits
 INT32 = (-(2**31), 2**31 - 1)
 
 
@@ -49,24 +50,45 @@ class Value:
 
 
 def number(value: Number, dtype: torch.dtype | None = None) -> Value:
-    """A number of the mod, or of its graph."""
+    """A number of the mod; without a dtype as it was written, to be rounded where it is used."""
     if dtype is None:
         kinds = {bool: torch.bool, int: torch.int64, float: torch.float32}
         dtype = kinds[type(value)]
-    if dtype == torch.bool:
+    elif dtype == torch.bool:
         value = bool(value)
     elif dtype.is_floating_point:
         value = float(torch.tensor(float(value), dtype=dtype).item())
-    else:
-        value = int(value)
+    elif isinstance(value, (int, float)):  # wrapped round, as torch does
+        low, high = range_of(dtype)
+        value = (int(value) - low) % (high - low + 1) + low
     if isinstance(value, float) and not math.isfinite(value):
         text = f'float("{value}")'
+    elif dtype == torch.float64:
+        text = _double(float(value))
     else:
         text = repr(value)
     if isinstance(value, (int, float)) and (value < 0):
         text = f"({text})"
     bounds = None if dtype.is_floating_point else (int(value), int(value))
     return Value(text, dtype, bounds=bounds, number=value)
+
+
+def _double(value: float) -> str:
+    """An fp64 number as the sum of fp32 ones, which is what Triton takes literals for."""
+    parts: list[float] = []
+    rest = value
+    while rest and len(parts) < 3:
+        part = torch.tensor(rest, dtype=torch.float32).item()
+        if not math.isfinite(part):
+            raise Unsupported(f"the number {value}")
+        parts.append(part)
+        rest -= part
+    first, *others = map(repr, parts or [0.0])
+    return f"({' + '.join([f'tl.cast({first}, tl.float64)', *others])})"
+
+
+class Unsupported(Exception):
+    """What cannot be written in Triton; says why."""
 
 
 class Emitter:
@@ -147,11 +169,11 @@ class Emitter:
         if not within(bounds, range_of(dtype)):
             bounds = None if dtype == torch.int64 else bounds
         wide = dtype == torch.int64 and not within(bounds, INT32)
-        names = [
-            f"{x.text}.to(tl.int64)" if wide and not (x.is_number or x.wide) else x.text
-            for x in operands
-        ]
-        return self.settle(self.let(text.format(*names), dtype, operands, bounds), dtype)
+        in_64_bits = wide or not all(within(bounds_of(x), INT32) for x in operands)
+        expression = text.format(*(widened(x) if in_64_bits else x.text for x in operands))
+        if in_64_bits and not wide:
+            expression = f"({expression}).to(tl.int32)"
+        return self.settle(self.let(expression, dtype, operands, bounds), dtype)
 
 
 def within(bounds: tuple[int, int] | None, limits: tuple[int, int]) -> bool:
@@ -162,6 +184,11 @@ def range_of(dtype: torch.dtype) -> tuple[int, int]:
     if dtype == torch.bool:
         return (0, 1)
     return (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+
+
+def widened(x: Value) -> str:
+    """An integer as 64 bits hold it; a number is of any width."""
+    return x.text if x.is_number or x.wide else f"{x.text}.to(tl.int64)"
 
 
 def bounds_of(x: Value) -> tuple[int, int]:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ringflex.kernels import eager
+from ringflex.kernels.scalars import LARGEST_INDEX
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.trace import TracedMod
 
 BACKENDS = ("eager", "triton")
 _LARGEST_DIM = 256
-_LONGEST = 2**30
 
 
 class Selection(NamedTuple):
@@ -68,8 +68,8 @@ def _obstacle(q: Tensor, v: Tensor, mask: BlockMask, score: TracedMod | None) ->
         return f"head dims {q.shape[3]} and {v.shape[3]} are larger than {_LARGEST_DIM}"
     if any(size % 16 for size in mask.block_size):
         return f"blocks of {mask.block_size} tokens are not multiples of 16"
-    if max(mask.q_limit, mask.kv_limit) > _LONGEST:
-        return f"sequences longer than {_LONGEST} tokens"
+    if max(mask.q_limit, mask.kv_limit) > LARGEST_INDEX:
+        return f"the sequence is longer than {LARGEST_INDEX} tokens"
     return _of_device(q.device, q.dtype) or _of_mask(mask, q.device) or _of_score(score, q.device)
 
 

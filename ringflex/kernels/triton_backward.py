@@ -23,12 +23,13 @@ from ringflex.kernels.triton_common import (
     following_tile,
     load_tile,
     position_of,
+    row_places,
     store_tile,
     visible_in,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len", "padded_len", "heads"])
 def row_terms_kernel(
     out, dout, lse, dlse, lse_log2, delta, q_len, padded_len, heads,
     WITH_DLSE: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
@@ -43,15 +44,13 @@ def row_terms_kernel(
     start = tl.program_id(0) * ROWS
     row = start + tl.arange(0, ROWS)
     inside = row < q_len
-    place = b.to(tl.int64) * lse[1] + h.to(tl.int64) * lse[2] + row * lse[3]
-    value = tl.load(lse[0] + place, mask=inside, other=float("-inf"))
+    value = tl.load(row_places(lse, b, h, row), mask=inside, other=float("-inf"))
     value = tl.where(value == float("-inf"), float("inf"), value * LOG2E)
     o = load_tile(out, b, h, start, q_len, ROWS, DV, DV_PAD, False).to(tl.float32)
     d = load_tile(dout, b, h, start, q_len, ROWS, DV, DV_PAD, False).to(tl.float32)
     total = tl.sum(o * d, axis=1)
     if WITH_DLSE:
-        place = b.to(tl.int64) * dlse[1] + h.to(tl.int64) * dlse[2] + row * dlse[3]
-        total -= tl.load(dlse[0] + place, mask=inside, other=0.0)
+        total -= tl.load(row_places(dlse, b, h, row), mask=inside, other=0.0)
     kept = head.to(tl.int64) * padded_len + row
     tl.store(lse_log2 + kept, value, mask=row < padded_len)
     tl.store(delta + kept, total, mask=row < padded_len)

@@ -55,6 +55,13 @@ def store_tile(x, b, h, row, length, value, D: tl.constexpr, ADD: tl.constexpr):
 
 
 @triton.jit
+def row_places(x, b, h, row):
+    """Pointers to entries `row` of `x[b, h]`, for `x [B, H, S]` as (pointer, encoded strides)."""
+    stride_b, stride_h, stride = (x[1] - 3) >> 1, (x[2] - 3) >> 1, (x[3] - 3) >> 1
+    return x[0] + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + row * stride
+
+
+@triton.jit
 def first_tile(runs, run, TILES: tl.constexpr):
     """Where a walk over a row's runs begins: tile, end of the run, run, next run's bounds.
 

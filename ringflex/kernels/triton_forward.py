@@ -22,6 +22,7 @@ from ringflex.kernels.triton_common import (
     following_tile,
     load_tile,
     position_of,
+    row_places,
     store_tile,
     visible_in,
 )
@@ -92,7 +93,7 @@ def forward_kernel(
     """Grid: `(B * heads * blocks * TILES_M,)`; `blocks` of queries, `TILES_M` tiles in each.
 
     q, k, v: descriptors or (pointer, strides). out, before_out (fp32): (pointer, strides).
-    lse, before_lse: (pointer, strides of b, h, row), natural log, fp32.
+    lse, before_lse: (pointer, encoded strides), natural log, fp32.
     rows, runs, order: `BlockLists`; a mask that distinguishes batch elements or heads has its rows
     `row_stride_b`, `row_stride_h` apart. q_starts, kv_starts: `Positions`.
     """
@@ -135,8 +136,7 @@ def forward_kernel(
     weight = 1.0 / tl.where(empty, 1.0, l)
     result = acc * weight[:, None]
     if MERGE_LSE:
-        place = b.to(tl.int64) * before_lse[1] + h.to(tl.int64) * before_lse[2]
-        old = tl.load(before_lse[0] + place + row * before_lse[3], mask=inside, other=0.0) * LOG2E
+        old = tl.load(row_places(before_lse, b, h, row), mask=inside, other=0.0) * LOG2E
         top = tl.maximum(tl.maximum(old, part_lse), LOWEST)
         old_weight, weight = tl.exp2(old - top), tl.exp2(part_lse - top)
         total = old_weight + weight
@@ -148,5 +148,4 @@ def forward_kernel(
             result += before * (old_weight * divisor)[:, None]
         part_lse = tl.where(nothing, float("-inf"), top + tl.log2(tl.where(nothing, 1.0, total)))
     store_tile(out, b, h, start, q_len, result, DV, False)
-    place = b.to(tl.int64) * lse[1] + h.to(tl.int64) * lse[2]
-    tl.store(lse[0] + place + row * lse[3], part_lse * LN2, mask=inside)
+    tl.store(row_places(lse, b, h, row), part_lse * LN2, mask=inside)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ringflex.kernels.block_lists import key_lists, query_lists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
-from ringflex.kernels.lowering import gradient_arguments
+from ringflex.kernels.mod_tables import gradient_arguments
 from ringflex.kernels.triton_backward import key_kernel, query_kernel, row_terms_kernel
 from ringflex.kernels.triton_forward import forward_kernel
 from ringflex.kernels.triton_launch import Prepared
@@ -21,6 +21,7 @@ from ringflex.kernels.triton_setup import (
     Setup,
     alignment,
     described,
+    encoded_rows,
     padded_dim,
     strided,
 )
@@ -72,7 +73,7 @@ def forward(
             described(q, tile.block_m, D_PAD) if tma else strided(q),
             described(k, tile.block_n, D_PAD) if tma else strided(k),
             described(v, tile.block_n, DV_PAD) if tma else strided(v),
-            strided(out), strided(lse), strided(before_out), strided(before_lse),
+            strided(out), encoded_rows(lse), strided(before_out), encoded_rows(before_lse),
             () if mod is None else mod.arguments, scale,
         )  # fmt: skip
 
@@ -126,7 +127,7 @@ def row_terms(
             (dlse is not None, rows, DV, padded_dim(DV)),
             Tile(rows, rows, 4, 1),
         )
-    ready(strided(out), strided(dout), strided(lse), strided(dlse_or_lse), *terms)
+    ready(strided(out), strided(dout), encoded_rows(lse), encoded_rows(dlse_or_lse), *terms)
     return terms
 
 

@@ -99,11 +99,12 @@ def power(x, y):
     """x^y, by base-2 logarithm; negative x with whole y."""
     magnitude = tl.exp2(y * tl.log2(tl.abs(x)))
     magnitude = tl.where(x == 0, tl.where(y < 0, float("inf"), 0.0), magnitude)
-    whole = tl.floor(y) == y
-    odd = whole & (y - 2.0 * tl.floor(y * 0.5) != 0)
-    signed = tl.where(odd & (x < 0), -magnitude, magnitude)
-    result = tl.where((x < 0) & (whole == 0), float("nan"), signed)
-    return tl.where((y == 0) | (x == 1.0), 1.0, result)
+    fraction = y - tl.floor(y)
+    parity = y - 2.0 * tl.floor(y * 0.5)  # 1 for odd y
+    negative = tl.where(parity == 1.0, -magnitude, magnitude)
+    negative = tl.where(fraction == 0, negative, float("nan"))
+    result = tl.where(x < 0, negative, magnitude)
+    return tl.where(y == 0, 1.0, tl.where(x == 1.0, 1.0, result))
 
 
 @triton.jit

@@ -8,14 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ringflex.kernels.lowering import (
-    TableSpec,
-    lower_gradient,
-    lower_mask,
-    lower_score,
-    table_arguments,
-    tanh_is_added,
-)
+from ringflex.kernels.lowering import lower_gradient, lower_mask, lower_score, tanh_is_added
+from ringflex.kernels.mod_tables import TableSpec, table_arguments
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.pointwise import PointwiseMod, derivative, pointwise
 from ringflex.masks.trace import TracedMod

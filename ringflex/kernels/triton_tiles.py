@@ -64,7 +64,7 @@ def architecture(device: torch.device) -> Architecture:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return Architecture("hip", (properties.major, properties.minor), 65_536)
-    shared = properties.shared_memory_per_block_optin
+    shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return Architecture("cuda", (properties.major, properties.minor), shared)
 
 

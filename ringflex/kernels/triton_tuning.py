@@ -39,9 +39,10 @@ def fastest_tile(
     name = _name(kernel, setup, score)
     known = _read()
     if name not in known:
-        times = {tile: _time(run, tile) for tile in _candidates(kernel, default, setup)}
+        candidates = _candidates(kernel, default, setup)
+        times = [_time(run, tile) for tile in candidates]
         known = _read()  # another process may have written meanwhile
-        known[name] = list(min(times, key=times.__getitem__))
+        known[name] = list(candidates[times.index(min(times))])
         _write(known)
     return Tile(*known[name])
 

@@ -21,7 +21,7 @@ from ringflex.masks.trace import TracedMod
 
 _aten = torch.ops.aten
 # Derivatives that autograd records as one operation, in terms of elementary ones.
-_DECOMPOSED = get_decompositions(
+_DECOMPOSED: Any = get_decompositions(
     [
         _aten.elu_backward, _aten.gelu_backward, _aten.hardtanh_backward,
         _aten.leaky_relu_backward, _aten.log_sigmoid_backward, _aten.silu_backward,
@@ -177,7 +177,7 @@ def derivative(body: PointwiseMod, wanted: Sequence[bool]) -> PointwiseMod:
     )
 
 
-def scatters(node: fx.Node | None) -> list[tuple[tuple[Any, ...], Any]]:
+def scatters(node: Any) -> list[tuple[tuple[Any, ...], Any]]:
     """An expression for a table's gradient as terms `(indices, value)` to be added up.
 
     `value` has the shape of `table[indices]`; of a table without dimensions, indices are empty.
@@ -190,7 +190,7 @@ def scatters(node: fx.Node | None) -> list[tuple[tuple[Any, ...], Any]]:
         return []
     if packet is _aten.index_put and node.args[3:4] == (True,):
         base, indices, added = node.args[:3]
-        return scatters(base) + [(tuple(indices), added)]  # type: ignore[arg-type]
+        return scatters(base) + [(tuple(indices), added)]
     if packet is _aten.add and all(
         isinstance(a, fx.Node) and a.meta["val"].shape == value.shape for a in node.args
     ):

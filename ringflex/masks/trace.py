@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 INDEX_NAMES = ("b", "h", "q_idx", "kv_idx")
 _INDEX = torch.ops.aten.index.Tensor
@@ -79,7 +80,7 @@ class TracedMod:
         scalar: every varying operation works on scalars, so the graph broadcasts.
         approximate_tanh: tanh was written as attention-gym's `approx::tanh`: a kernel may use the
             hardware's approximation.
-        retrace: the graph again, with the user's lines.
+        written: gives the operations again, with the user's lines.
         cache: what kernels made of the graph.
     """
 
@@ -90,7 +91,7 @@ class TracedMod:
     varying: frozenset[fx.Node]
     scalar: bool
     approximate_tanh: bool = False
-    retrace: Callable[[], fx.Graph] | None = None
+    written: Callable[[], list[tuple[Any, str]]] | None = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def evaluate(
@@ -235,31 +236,48 @@ def _trace(
             raise
         raise ValueError(_branch_message(fn, kind, name, error)) from error
     approximate = _replace_approximations(module)
+    _free_constants(module)
     _make_functional(module, kind, name)
     _merge_nested_reads(module)
     captures = _lift_captures(module)
     uses, varying, scalar = _dependence(module.graph, names)
 
-    def retrace() -> fx.Graph:
-        with IndexByTensor(), torch.no_grad():
-            return make_fx(positional, record_stack_traces=True)(*example).graph
+    def written() -> list[tuple[Any, str]]:
+        with IndexByTensor(), torch.no_grad(), _RecordLines() as recorder:
+            fn(*example)
+        return recorder.found
 
-    return TracedMod(name, module, captures, uses, varying, scalar, approximate, retrace)
+    return TracedMod(name, module, captures, uses, varying, scalar, approximate, written)
+
+
+class _RecordLines(TorchDispatchMode):
+    """Notes each aten operation and the user's line that it comes from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        line = ""
+        for frame in reversed(traceback.extract_stack()[:-1]):
+            if frame.filename == __file__:
+                if frame.name == "written":  # which called the mod
+                    break
+            elif "/torch/" not in frame.filename:
+                line = f" ({frame.filename}:{frame.lineno}: {frame.line})"
+                break
+        self.found.append((func, line))
+        return func(*args, **(kwargs or {}))
 
 
 def user_line(mod: TracedMod, node: fx.Node) -> str:
     """Where the user wrote an operation of the mod, for messages; empty if that is not known."""
-    if mod.retrace is None:
+    if mod.written is None or node.graph is None:
         return ""
-    written = next((n for n in mod.retrace().nodes if n.name == node.name), None)
-    frames = (written.meta.get("stack_trace") or "") if written is not None else ""
-    lines = [line.strip() for line in frames.splitlines()]
-    for i in reversed(range(len(lines))):
-        if lines[i].startswith("File ") and "/torch/" not in lines[i]:
-            code = lines[i + 1] if i + 1 < len(lines) else ""
-            path, number = lines[i].split('"')[1], lines[i].split("line ")[1].split(",")[0]
-            return f" ({path}:{number}: {code})"
-    return ""
+    alike = [n for n in node.graph.nodes if n.target is node.target]
+    lines = [line for target, line in mod.written() if target is node.target]
+    at = alike.index(node)
+    return lines[at] if at < len(lines) else ""
 
 
 def _check_callable(fn: Any, kind: str, names: tuple[str, ...], name: str) -> None:
@@ -316,10 +334,12 @@ def _lift_captures(module: fx.GraphModule) -> tuple[Tensor, ...]:
     graph = module.graph
     captures: list[Tensor] = []
     inputs: list[fx.Node] = []
+    names: set[str] = set()
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for node in list(graph.nodes):
         if node.op != "get_attr":
             continue
+        names.add(str(node.target))
         tensor = getattr(module, str(node.target))
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             raise TypeError(
@@ -338,6 +358,8 @@ def _lift_captures(module: fx.GraphModule) -> tuple[Tensor, ...]:
         graph.erase_node(node)
     graph.eliminate_dead_code()
     module.recompile()
+    for name in names:  # the graph alone keeps no tensor alive
+        delattr(module, name)
     return tuple(captures)
 
 
@@ -359,6 +381,21 @@ def _replace_approximations(module: fx.GraphModule) -> bool:
             node.target = torch.ops.aten.tanh.default
             found = True
     return found
+
+
+def _free_constants(module: fx.GraphModule) -> None:
+    """`b.new_ones(())`, as torch's `and_masks` begins with, is a number and depends on nothing."""
+    aten = torch.ops.aten
+    values: dict[Any, int] = {
+        aten.new_ones: 1, aten.ones_like: 1, aten.new_zeros: 0, aten.zeros_like: 0
+    }  # fmt: skip
+    for node in module.graph.nodes:
+        value = values.get(getattr(node.target, "overloadpacket", None))
+        result = node.meta.get("val")
+        if value is not None and isinstance(result, Tensor):
+            node.target = aten.full.default
+            node.args = (list(result.shape), value)
+            node.kwargs = {"dtype": result.dtype, "device": result.device}
 
 
 def _make_functional(module: fx.GraphModule, kind: str, name: str) -> None:

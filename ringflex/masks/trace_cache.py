@@ -61,7 +61,7 @@ def _remember(key: Any, mod: TracedMod, tensors: list[Tensor]) -> None:
         node.meta["val"] = torch.empty_strided(
             capture.shape, capture.stride(), dtype=capture.dtype, device="meta"
         )
-    _traces[key] = (replace(mod, captures=(), retrace=None), tuple(places))
+    _traces[key] = (replace(mod, captures=(), written=None), tuple(places))
     if len(_traces) > _KEPT:
         _traces.popitem(last=False)
 

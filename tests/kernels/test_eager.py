@@ -1,12 +1,9 @@
 """What only the eager kernel promises; its results are compared in tests/test_attention.py."""
 
-import pytest
 import torch
 from torch import Tensor
 
 import ringflex as rf
-from ringflex.kernels import eager
-from ringflex.kernels.select import select
 
 S = 200
 
@@ -35,25 +32,6 @@ def test_autocast_does_not_reach_inside() -> None:
         assert torch.equal(x, y)
 
 
-def test_merges_into_a_running_result() -> None:
-    """Keys seen in two halves, the second merged into the first, are keys seen at once."""
-    q, k, v = (x.detach() for x in inputs(torch.float64))
-    whole = block_mask(rf.full())
-    halves = [
-        block_mask(rf.MaskMod(lambda b, h, q_idx, kv_idx: kv_idx < 77)),
-        block_mask(rf.MaskMod(lambda b, h, q_idx, kv_idx: kv_idx >= 77)),
-        block_mask(rf.MaskMod(lambda b, h, q_idx, kv_idx: kv_idx < 0)),
-    ]
-    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=q.dtype)
-    eager.forward(q, k, v, halves[2], None, 0.25, (out, lse))
-    assert (lse == -torch.inf).all()  # two empty partial results stay empty
-    assert (out == 0).all()
-    for half in halves:
-        eager.forward(q, k, v, half, None, 0.25, (out, lse))
-    expected = rf.flex_attention(q, k, v, block_mask=whole, scale=0.25, return_lse=True)
-    torch.testing.assert_close((out, lse), expected, rtol=1e-12, atol=1e-12)
-
-
 def test_a_block_mask_serves_calls_of_other_shapes() -> None:
     """What a kernel keeps on the block mask belongs to one batch size and head count."""
     mask = block_mask(rf.causal() & rf.sliding_window(70))
@@ -62,10 +40,3 @@ def test_a_block_mask_serves_calls_of_other_shapes() -> None:
         fresh = block_mask(rf.causal() & rf.sliding_window(70))
         kept = rf.flex_attention(q, k, v, block_mask=mask)
         assert torch.equal(kept, rf.flex_attention(q, k, v, block_mask=fresh))
-
-
-def test_select() -> None:
-    assert select("auto").kernel is eager
-    assert select("eager").name == "eager"
-    with pytest.raises(ValueError, match=r"backend='cuda' is not one of auto, eager"):
-        select("cuda")

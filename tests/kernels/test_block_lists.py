@@ -1,0 +1,78 @@
+"""The lists that kernels walk, against the block map."""
+
+import pytest
+import torch
+
+import ringflex as rf
+from ringflex.kernels.block_lists import BlockLists, key_lists, positions, query_lists
+
+S, BLOCK = 300, 16
+REACH = torch.tensor([3, 40, 300, 7])
+IDS = torch.sort(torch.randint(0, 9, (2, S), generator=torch.Generator().manual_seed(1)))[0]
+MASKS = {
+    "causal": rf.causal(),
+    "documents": rf.causal() & rf.document(IDS),
+    "per head": lambda b, h, q_idx, kv_idx: (q_idx - kv_idx).abs() < REACH[h],
+    "nothing": rf.causal() & ~rf.causal(),
+}
+CPU = torch.device("cpu")
+
+
+def block_mask(name: str) -> rf.BlockMask:
+    return rf.create_block_mask(MASKS[name], 2, 4, S, S, BLOCK_SIZE=BLOCK)
+
+
+def visits(lists: BlockLists, row: int, kind: int) -> list[int]:
+    """Blocks of one list of a row (kind 0: partial, 1: full), as a kernel walks them."""
+    run, count = lists.rows[row, 2 * kind : 2 * kind + 2].tolist()
+    found: list[int] = []
+    while len(found) < count:
+        start, end = lists.runs[run].tolist()
+        found += range(start, end)
+        run += 1
+    assert len(found) == count
+    return found
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_every_visible_block_once(name: str, transposed: bool) -> None:
+    mask = block_mask(name)
+    lists = key_lists(mask, 2, CPU) if transposed else query_lists(mask, CPU)
+    states = torch.from_numpy(mask.block_map()).flatten(0, 1)
+    states = states.mT if transposed else states
+    assert lists.blocks == states.shape[1]
+    for row, expected in enumerate(states.flatten(0, 1)):
+        for kind, state in ((0, 1), (1, 2)):
+            assert visits(lists, row, kind) == (expected == state).nonzero().flatten().tolist()
+    assert lists.any_partial is bool((states == 1).any())
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_longest_rows_first(name: str) -> None:
+    mask = block_mask(name)
+    lists = query_lists(mask, CPU)
+    work = lists.rows[:, 1] + lists.rows[:, 3]
+    for group, order in zip(work.view(-1, lists.blocks), lists.order, strict=True):
+        assert order.sort()[0].tolist() == list(range(lists.blocks))
+        assert (group[order.long()].diff() <= 0).all()
+
+
+def test_heads_of_a_group_share_an_order() -> None:
+    """A tile of keys serves all query heads of its group: what counts is their work together."""
+    mask = block_mask("per head")
+    lists = key_lists(mask, 2, CPU)
+    assert lists.order.shape == (2, lists.blocks)
+    work = (lists.rows[:, 1] + lists.rows[:, 3]).view(2, 2, lists.blocks).sum(1)
+    for group, order in zip(work, lists.order, strict=True):
+        assert (group[order.long()].diff() <= 0).all()
+
+
+def test_positions() -> None:
+    mask = block_mask("causal")
+    place = positions(mask, CPU)
+    assert place.kv_in_order and place.q.tolist() == list(range(0, 304, BLOCK))
+    chosen = mask.select_kv([torch.tensor([1, 5, 6]).numpy()])
+    moved = positions(chosen, CPU)
+    assert not moved.kv_in_order and moved.kv.tolist() == [[16, 80, 96]]
+    assert (moved.q.dtype, moved.kv.dtype) == (torch.int32, torch.int32)

@@ -1,0 +1,124 @@
+"""A score mod is traced once for what its trace depends on, and anew for what it may."""
+
+import functools
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import ringflex as rf
+from ringflex.masks import trace_cache
+from ringflex.masks.trace_cache import traced_score
+
+F32 = torch.float32
+FACTOR = 2.0
+TABLE = torch.arange(5.0)
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> None:
+    trace_cache._traces.clear()
+
+
+def traces_of(*mods: Callable[..., Tensor], dtype: torch.dtype = F32) -> int:
+    """How many of these mods, one after the other, are traced."""
+    with mock.patch.object(trace_cache, "trace_score", wraps=trace_cache.trace_score) as traced:
+        for mod in mods:
+            traced_score(mod, dtype)
+    return traced.call_count
+
+
+def test_the_same_kind_is_traced_once() -> None:
+    slopes = torch.ones(4)
+    assert traces_of(rf.softcap(3.0), rf.softcap(3.0), rf.softcap(3.0)) == 1
+    assert traces_of(rf.alibi(slopes), rf.alibi(slopes), rf.alibi(torch.zeros(4))) == 1
+    assert traces_of(*(rf.compose(rf.softcap(2.0), rf.alibi(torch.ones(4))) for _ in "12")) == 1
+
+
+def test_what_differs_is_traced_anew() -> None:
+    x = torch.ones(4)
+    assert traces_of(rf.softcap(3.0), rf.softcap(4.0)) == 2
+    assert traces_of(rf.alibi(x), rf.alibi(torch.ones(5)), rf.alibi(x.double())) == 3
+    assert traces_of(rf.alibi(torch.ones(4, requires_grad=True))) == 1
+    assert traces_of(rf.compose(rf.alibi(x), rf.alibi(x))) == 1
+    assert traces_of(rf.compose(rf.alibi(x), rf.alibi(x.clone()))) == 1  # two tensors, not one
+    assert traces_of(rf.softcap(3.0), dtype=torch.float64) == 1
+
+
+def test_new_tensors_are_bound_to_the_old_graph() -> None:
+    first, second = torch.ones(4), torch.full((4,), 2.0, requires_grad=False)
+    traced_score(rf.alibi(first), F32)
+    mod = traced_score(rf.alibi(second), F32)
+    assert len(mod.captures) == 1 and mod.captures[0] is second
+    index = torch.tensor([3])
+    value = mod.evaluate(index, index, index, index + 2, score=torch.zeros(1))
+    assert value.item() == 4.0
+    two = rf.compose(rf.alibi(first), rf.relative_position(torch.zeros(4, 3)))
+    traced_score(two, F32)
+    a, b = torch.rand(4), torch.rand(4, 3)
+    assert [
+        c is x
+        for c, x in zip(
+            traced_score(rf.compose(rf.alibi(a), rf.relative_position(b)), F32).captures, (a, b)
+        )
+    ] == [True, True]
+
+
+def test_globals_defaults_and_partials_count() -> None:
+    def by_global(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return s * FACTOR + TABLE[k]
+
+    def by_default(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, f: float = 1.0) -> Tensor:
+        return s * f
+
+    assert traces_of(by_global, by_global) == 1
+    with mock.patch.dict(globals(), FACTOR=3.0):
+        assert traces_of(by_global) == 1
+    with mock.patch.dict(globals(), TABLE=torch.arange(6.0)):
+        assert traces_of(by_global) == 1
+    two, three = (functools.partial(by_default, f=f) for f in (2.0, 3.0))
+    assert traces_of(by_default, two, two, three) == 3
+
+
+def test_what_cannot_be_compared_is_traced_at_every_call() -> None:
+    class Model:
+        factor = 2.0
+
+        def score(self, s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return s * self.factor
+
+    factors = [2.0]
+    by_list = lambda s, b, h, q, k: s * factors[0]
+    model = Model()
+    assert traces_of(model.score, model.score) == 2
+    assert traces_of(by_list, by_list) == 2
+
+
+def test_values_that_change_are_seen() -> None:
+    """In place, or by another object."""
+    table, q = torch.zeros(2, 3), torch.randn(1, 2, 20, 8)
+    run = lambda bias: rf.flex_attention(q, q, q, rf.relative_position(bias))
+    before = run(table)
+    table[:, 0] += 1
+    assert not torch.equal(run(table), before)
+    assert torch.equal(run(torch.zeros(2, 3)), before)
+
+
+def test_tensors_of_a_closure_are_not_kept_alive() -> None:
+    import gc
+    import weakref
+
+    bias = torch.zeros(2, 4096)[:, :3]
+    gone = weakref.ref(bias)
+    traced_score(rf.relative_position(bias), F32)
+    del bias
+    gc.collect()
+    assert gone() is None
+
+
+def test_memory_is_bounded() -> None:
+    for cap in range(1, trace_cache._KEPT + 20):
+        traced_score(rf.softcap(float(cap)), F32)
+    assert len(trace_cache._traces) == trace_cache._KEPT
