@@ -148,7 +148,24 @@ def test_scale(scale: object) -> None:
 
 def test_options() -> None:
     assert refused(ValueError, kernel_options={"b": 1, "a": 2}) == (
-        "kernel_options must be empty, got ['a', 'b']"
+        "kernel_options has ['a', 'b']; options are deterministic, backward, approximate_tanh, "
+        "tune, tiles, tma"
+    )
+    assert refused(TypeError, kernel_options={"deterministic": 1}) == (
+        "kernel_options['deterministic'] must be a bool, got 1"
+    )
+    assert refused(ValueError, kernel_options={"backward": "fast"}) == (
+        "kernel_options['backward'] must be auto, one_pass or two_pass, got 'fast'"
+    )
+    assert refused(ValueError, kernel_options={"backward": "one_pass", "deterministic": True}) == (
+        "the one_pass backward is not deterministic; ask for two_pass"
+    )
+    assert refused(ValueError, kernel_options={"tiles": {"merge": (64, 64, 4, 2)}}) == (
+        "kernel_options['tiles'] has 'merge'; kernels are forward, key, query"
+    )
+    assert refused(ValueError, kernel_options={"tiles": {"key": (64, 8, 4, 2)}}) == (
+        "kernel_options['tiles']['key'] must be (block_m, block_n, num_warps, num_stages): powers "
+        "of two (stages: any), blocks of 16 or more; got (64, 8, 4, 2)"
     )
     rf.flex_attention(*[tensor(1, 1, 5, 8)] * 3, kernel_options={})
     assert refused(NotImplementedError, return_aux=AuxRequest(max_scores=True)) == (

@@ -132,6 +132,7 @@ def test_scores(name: str, q_axis: int) -> None:
     check_score(problem.score, q_axis)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of extreme values
 @EXAMPLES
 @given(random_masks())
 def test_random_masks(mask: RandomMask) -> None:
@@ -149,6 +150,7 @@ def test_random_masks(mask: RandomMask) -> None:
     assert different <= (0 if exact else 0.02), mask.text
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @EXAMPLES
 @given(random_scores())
 def test_random_scores(score: RandomScore) -> None:

@@ -483,3 +483,19 @@ def test_to_moves_only_what_is_elsewhere() -> None:
     assert [c.device.type for c in moved.captures] == ["meta", "meta"]
     assert not any(c.requires_grad for c in moved.captures)
     assert traced.captures[0] is bias
+
+
+def test_torchs_own_combinators() -> None:
+    """`and_masks` and `or_masks` begin with a constant like b, which is no dependence on b."""
+    from torch.nn.attention.flex_attention import and_masks, or_masks
+
+    causal = lambda b, h, q_idx, kv_idx: kv_idx <= q_idx
+    near = lambda b, h, q_idx, kv_idx: q_idx - kv_idx < 9
+    first = lambda b, h, q_idx, kv_idx: kv_idx < 2
+    traced = trace_mask(or_masks(and_masks(causal, near), first))
+    assert traced.uses == {"q_idx", "kv_idx"}
+    b, h, q, k = indices()
+    expected = (causal(b, h, q, k) & near(b, h, q, k)) | first(b, h, q, k)
+    assert torch.equal(
+        traced.evaluate(b, h, q, k), expected.expand(traced.evaluate(b, h, q, k).shape)
+    )

@@ -113,7 +113,8 @@ ATTENTION_REFUSALS = {
     ),
     "kernel options": Mistake(
         change=lambda: {"kernel_options": {"BLOCK_M": 64}},
-        text="kernel_options must be empty, got ['BLOCK_M']",
+        text="kernel_options has ['BLOCK_M']; options are deterministic, backward, "
+        "approximate_tanh, tune, tiles, tma",
     ),
     "lse twice": Mistake(
         change=lambda: {"return_lse": True, "return_aux": AuxRequest(lse=True)},
