@@ -171,7 +171,7 @@ def _importable(name: str) -> bool:
     return True
 
 
-def time_one(run: Run, tensors: tuple[Tensor, ...], seconds: float = 0.4) -> dict[str, float]:
+def time_one(run: Run, tensors: tuple[Tensor, ...], seconds: float = 0.25) -> dict[str, float]:
     """Median forward and backward milliseconds; peak memory of both, beyond inputs, in bytes."""
     *leaves, dout = tensors
 
@@ -217,9 +217,8 @@ def bench(spec: Spec, peers: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def check(mask: str, dim: int, tokens: int = 2048) -> dict[str, Any]:
+def check(spec: Spec) -> dict[str, Any]:
     """Root mean square errors against fp64, ours and FlexAttention's, and their worst ratio."""
-    spec = Spec(mask=mask, tokens=tokens, heads=8, kv_heads=2, dim=dim)
     p, tensors = problem(spec), inputs(spec)
     *leaves, dout = tensors
     exact = reference_attention_with_gradients(
@@ -238,7 +237,7 @@ def check(mask: str, dim: int, tokens: int = 2048) -> dict[str, Any]:
         ]
     torch.compiler.reset()
     worst = max(a / b for a, b in zip(errors[OURS], errors[FLEX], strict=True))
-    return {"mask": mask, "dim": dim, "errors": errors, "worst_ratio": worst}
+    return {**asdict(spec), "errors": errors, "worst_ratio": worst}
 
 
 def host_overhead() -> dict[str, float]:
@@ -297,28 +296,34 @@ def tiled(spec: Spec, kernel: str) -> Iterator[tuple[Any, Run]]:
         )
 
 
-def warm(specs: list[Spec], processes: int, what: str) -> None:
-    """Compiles everything into the caches on disk, many processes at a time."""
+def in_processes(what: str, specs: list[Spec], processes: int) -> list[dict[str, Any]]:
+    """Compiles or checks in many processes, as compiling takes longest; what they found."""
     children = []
-    for i in range(processes):
+    for i in range(min(processes, len(specs))):
         part = json.dumps([asdict(s) for s in specs[i::processes]])
-        command = [sys.executable, __file__, "--compile", part, "--what", what]
-        children.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
-    for child in children:
-        child.wait()
+        command = [sys.executable, __file__, "--work", what, "--specs", part]
+        children.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    lines = [line for child in children for line in child.communicate()[0].splitlines()]
+    failed = [child.returncode for child in children if child.returncode]
+    assert not failed, f"{what}: processes ended with {failed}"
+    return [json.loads(line) for line in lines]
 
 
-def compile_part(specs: list[Spec], what: str) -> None:
+def work(what: str, specs: list[Spec]) -> None:
+    """What one of these processes does."""
     for spec in specs:
+        if what == "check":
+            print(json.dumps(check(spec)), flush=True)
+            continue
         *leaves, dout = inputs(spec)
         runs = (run for _, run in contenders(spec, problem(spec), peers=False))
-        if what == "tiles":
+        if what == "compile tiles":
             runs = (run for kernel in CANDIDATES for _, run in tiled(spec, kernel))
         for run in runs:
             try:
                 torch.autograd.grad(run(*leaves), leaves, dout)
             except Exception as error:
-                print(f"compiling {spec}: {error}"[:300], flush=True)
+                print(f"compiling {spec}: {error}"[:300], file=sys.stderr, flush=True)
         torch.compiler.reset()
         torch.cuda.empty_cache()
 
@@ -401,68 +406,69 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="only ringflex and FlexAttention")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json")
-    parser.add_argument("--merge", action="store_true", help="add to the output's rows")
-    parser.add_argument("--compile", help=argparse.SUPPRESS)
-    parser.add_argument("--what", default="bench", help=argparse.SUPPRESS)
+    parser.add_argument("--merge", action="store_true", help="add to what the output holds")
+    parser.add_argument("--commit", help="the commit measured, where git cannot tell")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--specs", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    if arguments.compile:
-        compile_part([Spec(**s) for s in json.loads(arguments.compile)], arguments.what)
-        return
     if not torch.cuda.is_available():
         sys.exit("bench_kernels.py needs a GPU")
+    if arguments.work:
+        work(arguments.work, [Spec(**s) for s in arguments.specs])
+        return
     started = time.time()
-    workers = max(1, min(14, (os.cpu_count() or 2) - 2))
+    processes = max(1, min(14, (os.cpu_count() or 2) - 2))
     if arguments.tiles:
         kinds = itertools.product(arguments.dims, TILED_MASKS)
         specs = [Spec(mask=m, tokens=1024, heads=32, kv_heads=8, dim=d) for d, m in kinds]
-        warm(specs, workers, "tiles")
+        in_processes("compile tiles", specs, processes)
         print(f"compiled after {time.time() - started:.0f} s", flush=True)
         sweep_tiles(arguments.dims, arguments.lengths[0])
         return
+    record = _record(arguments)
+    if not arguments.no_check:
+        kinds = itertools.product(arguments.dims, arguments.masks)
+        small = [Spec(mask=m, tokens=2048, heads=8, kv_heads=2, dim=d) for d, m in kinds]
+        for found in in_processes("check", small, processes):
+            print(f"errors, {_case(found)}: {found['worst_ratio']:.3f} of torch flex's")
+            record["errors"].append(found)
+            assert found["worst_ratio"] <= 1.05, found
+        print(f"checked after {time.time() - started:.0f} s", flush=True)
     specs = [
         Spec(mask=m, tokens=s, heads=arguments.heads, kv_heads=k, dim=d)
         for d, s, k, m in itertools.product(
             arguments.dims, arguments.lengths, arguments.kv_heads, arguments.masks
         )
     ]
-    checked = []
-    small = [Spec(mask=m, tokens=2048, heads=8, kv_heads=2, dim=d)
-             for m, d in itertools.product(arguments.masks, arguments.dims)]  # fmt: skip
-    warm([*([] if arguments.no_check else small), *(s for s in specs if s.tokens <= 20_000)],
-         workers, "bench")  # fmt: skip
-    long = [s for s in specs if s.tokens > 20_000]
-    warm(long, min(5, len(long)), "bench") if long else None
+    in_processes("compile", [s for s in specs if s.tokens <= 20_000], processes)
+    in_processes("compile", [s for s in specs if s.tokens > 20_000], min(5, processes))
     print(f"compiled after {time.time() - started:.0f} s", flush=True)
-    if not arguments.no_check:
-        for mask, dim in itertools.product(arguments.masks, arguments.dims):
-            checked.append(check(mask, dim))
-            print(f"errors {mask} D{dim}: {checked[-1]['worst_ratio']:.3f} of torch flex's")
-            assert checked[-1]["worst_ratio"] <= 1.05, checked[-1]
-        print(f"checked after {time.time() - started:.0f} s", flush=True)
-    overhead = host_overhead()
-    for name, value in overhead.items():
-        print(f"host overhead, {name}: {value:.0f} us")
-    rows = []
-    if arguments.merge and arguments.output.exists():
-        rows = json.loads(arguments.output.read_text())["rows"]
+    if not record["host_overhead_us"]:
+        record["host_overhead_us"] = host_overhead()
+        for name, value in record["host_overhead_us"].items():
+            print(f"host overhead, {name}: {value:.0f} us", flush=True)
     for spec in specs:
-        rows += bench(spec, not arguments.no_peers)
-        print(table([r for r in rows if _case(r) == _case(asdict(spec))]).splitlines()[-1],
-              flush=True)  # fmt: skip
-        _write(arguments.output, rows, checked, overhead)
-    plot(rows, arguments.output.with_suffix(".png"))
-    print(table(rows))
+        rows = bench(spec, not arguments.no_peers)
+        record["rows"] += rows
+        print(table(rows).splitlines()[-1], flush=True)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    plot(record["rows"], arguments.output.with_suffix(".png"))
+    print(table(record["rows"]))
     print(f"done after {time.time() - started:.0f} s")
 
 
-def _write(path: Path, rows: list[Any], checked: list[Any], overhead: dict[str, float]) -> None:
+def _record(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The output's content to be: with what it holds already if that is to be merged."""
     import triton
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
-    record = {
+    commit = arguments.commit
+    if not commit:
+        command = ["git", "rev-parse", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = found.stdout.strip() or "unknown"
+    origin = {
         "machine": f"{torch.cuda.get_device_name()}, {platform.processor() or platform.machine()}",
         "versions": {
             "torch": torch.__version__,
@@ -470,14 +476,17 @@ def _write(path: Path, rows: list[Any], checked: list[Any], overhead: dict[str, 
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         },
-        "commit": commit.stdout.strip() or "unknown",
-        "command": " ".join(["python", "scripts/bench_kernels.py", *sys.argv[1:]]),
-        "errors": checked,
-        "host_overhead_us": overhead,
-        "rows": rows,
+        "commit": commit,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    record: dict[str, Any] = {
+        **origin, "commands": [], "errors": [], "host_overhead_us": {}, "rows": []
+    }  # fmt: skip
+    if arguments.merge and arguments.output.exists():
+        record = json.loads(arguments.output.read_text())
+        if {key: record[key] for key in origin} != origin:
+            sys.exit(f"{arguments.output} was measured elsewhere: it cannot be merged with")
+    record["commands"].append(" ".join(["python", "scripts/bench_kernels.py", *sys.argv[1:]]))
+    return record
 
 
 if __name__ == "__main__":
