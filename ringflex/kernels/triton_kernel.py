@@ -350,7 +350,13 @@ class _Backward:
 def _score_mod(score: TracedMod | None, q: Tensor, options: KernelOptions) -> ScoreMod | None:
     if score is None:
         return None
-    return ScoreMod(score, q.device, approximate_tanh=options.approximate_tanh)
+    key = ("on device", q.device, options.approximate_tanh)
+    mod: ScoreMod | None = score.cache.get(key)
+    if mod is None:
+        mod = ScoreMod(score, q.device, approximate_tanh=options.approximate_tanh)
+        if not (score.captures or mod.tables):  # nothing in it changes from call to call
+            score.cache[key] = mod
+    return mod
 
 
 def _kind(mod: ScoreMod | None) -> Any:

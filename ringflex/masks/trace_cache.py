@@ -44,6 +44,8 @@ def traced_score(score_mod: Callable[..., Tensor], dtype: torch.dtype) -> Traced
         return mod
     _traces.move_to_end(key)
     template, places = known
+    if not places:
+        return template
     captures = tuple(p if isinstance(p, Tensor) else tensors[p] for p in places)
     return replace(template, captures=captures)
 
