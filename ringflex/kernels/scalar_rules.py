@@ -356,10 +356,6 @@ def _repeated(e: Emitter, out: torch.dtype, x: Value, n: int) -> Value:
     return result if n > 0 else _divide(e, out, number(1, out), result)
 
 
-def _cast_rule(e: Emitter, out: torch.dtype, x: Value, *_: Any, **__: Any) -> Value:
-    return e.cast(x, out)
-
-
 def _filled(value: Number) -> Rule:
     return lambda e, out, *_, **__: number(value, out)
 
@@ -446,8 +442,6 @@ RULES: dict[Any, Rule] = {
     _aten.masked_fill: lambda e, out, x, mask, value: _where(e, out, mask, value, x),
     _aten.minimum: _minimum,
     _aten.maximum: _maximum,
-    _aten.fmin: _minimum,
-    _aten.fmax: _maximum,
     _aten.clamp: _clamp,
     _aten.clamp_min: lambda e, out, x, low: _maximum(e, out, x, low),
     _aten.clamp_max: lambda e, out, x, high: _minimum(e, out, x, high),
@@ -484,7 +478,7 @@ RULES: dict[Any, Rule] = {
     _aten.ceil: _rounding("tl.ceil({0})"),
     _aten.round: _rounding("round_half_even({0})"),
     _aten.trunc: _truncate,
-    _aten._to_copy: _cast_rule,
+    _aten._to_copy: lambda e, out, x, **_: e.cast(x, out),
     _aten.clone: lambda e, out, x, **_: x,
     _aten.alias: lambda e, out, x: x,
     _aten.detach: lambda e, out, x: x,
