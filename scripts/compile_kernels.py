@@ -218,8 +218,12 @@ def main() -> None:
         text = " ".join(f"{k}={v}" for k, v in row.items() if k not in ("error", "fits"))
         print(f"{name}: {text}{'  <-- ' + problem if problem else ''}")
     if arguments.record:
-        spilled = {name: row["spilled"] for name, row in rows.items() if row.get("spilled")}
-        BUDGET.write_text(json.dumps(spilled, indent=1) + "\n")
+        if failed:
+            sys.exit(f"nothing is recorded: {len(failed)} configurations failed")
+        budget |= {name: row["spilled"] for name, row in rows.items()}
+        everything = set(map(str, configurations()))
+        kept = {name: n for name, n in sorted(budget.items()) if n and name in everything}
+        BUDGET.write_text(json.dumps(kept, indent=1) + "\n")
     print(f"{len(rows)} configurations compiled, {len(failed)} failed")
     sys.exit(bool(failed))
 

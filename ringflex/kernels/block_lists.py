@@ -22,7 +22,7 @@ class BlockLists(NamedTuple):
 
     Attributes:
         rows: `[groups * blocks, 4]`: first run and number of partial blocks, then of full ones.
-        runs: `[runs + 1, 2]`: first block and end; one more is never visited, but read ahead.
+        runs: `[runs + 2, 2]`: first block and end; two more are never visited, but read ahead.
         order: `[groups, blocks]`: rows by falling work, so that the longest start first.
         blocks: rows per group; a group is a batch element and head that the mask distinguishes.
         any_partial: whether there is any partial block.
@@ -95,7 +95,7 @@ def _lists(
         [partial.indptr[:-1], counts[0], first_full + full.indptr[:-1], counts[1]], axis=1
     )
     ends = [np.stack([runs.start, runs.end], axis=1) for runs in (partial, full)]
-    runs = np.concatenate([*ends, np.zeros((1, 2), dtype=np.int64)])
+    runs = np.concatenate([*ends, np.zeros((2, 2), dtype=np.int64)])
     work = (counts[0] + counts[1]).reshape(-1, together, blocks).sum(axis=1)
     order = np.argsort(-work, axis=1, kind="stable")
     return BlockLists(

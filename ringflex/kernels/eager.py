@@ -105,7 +105,9 @@ def row_terms(
 ) -> RowTerms:
     """See `contract`."""
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    return RowTerms(lse, delta if dlse is None else delta - dlse)
+    if dlse is not None:
+        delta = (delta - dlse).masked_fill(lse == -torch.inf, 0)  # dlse may be NaN there
+    return RowTerms(lse, delta)
 
 
 def backward(

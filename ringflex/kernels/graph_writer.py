@@ -186,8 +186,9 @@ class GraphWriter:
         x = self.value_of(node.args[0])
         if packet is _aten.dot:
             pairs = zip(x.flat, self.value_of(node.args[1]).flat, strict=True)
-            products = [RULES[_aten.mul](self.emitter, dtype, a, b) for a, b in pairs]
-            return _scalar(self._reduce(_aten.add, dtype, products))
+            wide = torch.float32 if dtype in HALF else dtype
+            products = [RULES[_aten.mul](self.emitter, wide, a, b) for a, b in pairs]
+            return _scalar(self.emitter.settle(self._reduce(_aten.add, wide, products), dtype))
         if packet in (_aten.max, _aten.min) and len(node.args) > 1:
             raise Unsupported("its second result is a position")
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
@@ -196,13 +197,14 @@ class GraphWriter:
         kept = [d for d in range(x.ndim) if d not in dims]
         lists = x.transpose([*kept, *dims]).reshape(*(x.shape[d] for d in kept), -1)
         result = np.empty(lists.shape[:-1], dtype=object)
+        wide = torch.float32 if dtype in HALF else dtype  # rounded once, at the end
         for at in np.ndindex(result.shape):
-            items = [self.emitter.cast(v, dtype) for v in lists[at]]
-            folded = self._reduce(_FOLDING[packet], dtype, items)
+            items = [self.emitter.cast(v, wide) for v in lists[at]]
+            folded = self._reduce(_FOLDING[packet], wide, items)
             if packet is _aten.mean:
                 count = number(float(len(items)))
-                folded = RULES[_aten.div](self.emitter, dtype, folded, count)
-            result[at] = folded
+                folded = RULES[_aten.div](self.emitter, wide, folded, count)
+            result[at] = self.emitter.settle(folded, dtype)
         return result.reshape(_shape_of(node))
 
     def _reduce(self, packet: Any, dtype: torch.dtype, items: list[Value]) -> Value:
@@ -230,24 +232,26 @@ class GraphWriter:
             if terms:
                 pointer += f" + {self._sum(terms).text}"
             depends = frozenset[str]().union(*(p.depends for p in places))
-            found[component] = self._loaded(pointer, spec.dtype, depends)
+            found[component] = self._loaded(pointer, table, depends)
         shape = tuple(max(c[d] for c in found) + 1 for d in range(len(next(iter(found)))))
         values = np.empty(shape, dtype=object)
         for component, value in found.items():
             values[component] = value
         return values
 
-    def _loaded(self, pointer: str, dtype: torch.dtype, depends: frozenset[str]) -> Value:
-        if dtype not in TRITON_NAMES:
-            raise Unsupported(f"it reads a captured tensor of {dtype}")
+    def _loaded(self, pointer: str, table: int, depends: frozenset[str]) -> Value:
+        """An element of a table, which may be stored in a narrower integer than the graph's."""
+        stored, dtype = self.specs[table].dtype, self.body.table_inputs[table].meta["val"].dtype
+        if stored not in TRITON_NAMES:
+            raise Unsupported(f"it reads a captured tensor of {stored}")
         text = f"tl.load({pointer})"
-        if dtype == torch.bool:
+        if stored == torch.bool:
             text += " != 0"
-        elif dtype in HALF:
+        elif stored in HALF:
             text += ".to(tl.float32)"
-        elif dtype in (torch.int8, torch.uint8, torch.int16):
+        elif stored in (torch.int8, torch.uint8, torch.int16):
             text += ".to(tl.int32)"
-        bounds = None if dtype.is_floating_point else range_of(dtype)
+        bounds = None if stored.is_floating_point else range_of(stored)
         return self.emitter.let(text, dtype, [Value("", dtype, depends)], bounds)
 
     def _components(

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ from ringflex.kernels.scalars import number
 from ringflex.masks.pointwise import PointwiseMod, scatters
 
 _aten = torch.ops.aten
+_KEPT = 1024
+_functions: OrderedDict[str, Any] = OrderedDict()
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,13 +137,20 @@ def _finished(
     return Lowered(_compile(source), source, trivial is True)
 
 
-@cache
 def _compile(source: str) -> Any:
-    """The `@triton.jit` function of a source text; the same object for the same text."""
+    """The `@triton.jit` function of a source text; the same object for the same text, unless
+    `_KEPT` others came in between."""
+    if source in _functions:
+        _functions.move_to_end(source)
+        return _functions[source]
+    if len(_functions) >= _KEPT:
+        _, dropped = _functions.popitem(last=False)
+        linecache.cache.pop(f"<ringflex {dropped.__name__}>", None)
     name = source[4 : source.index("(")]
     filename = f"<ringflex {name}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace: dict[str, Any] = {"tl": tl, "triton": triton, "__name__": __name__}
     namespace |= {n: f for n, f in vars(triton_math).items() if not n.startswith("_")}
     exec(compile(source, filename, "exec"), namespace)
-    return triton.jit(namespace[name])
+    _functions[source] = triton.jit(namespace[name])
+    return _functions[source]

@@ -17,7 +17,7 @@ class TableSpec(NamedTuple):
     Attributes:
         dtype, ndim: of the table.
         unit: whether the last stride is 1.
-        wide: whether offsets need 64 bits.
+        wide: whether offsets need 64 bits, also into its gradient, which is contiguous.
     """
 
     dtype: torch.dtype
@@ -29,7 +29,7 @@ class TableSpec(NamedTuple):
     def of(cls, table: Tensor) -> TableSpec:
         reach = sum((n - 1) * s for n, s in zip(table.shape, table.stride(), strict=True))
         unit = table.ndim > 0 and table.stride(-1) == 1
-        return cls(table.dtype, table.ndim, unit, reach > INT32[1])
+        return cls(table.dtype, table.ndim, unit, max(reach, table.numel()) > INT32[1])
 
     @property
     def entries(self) -> int:

@@ -2,29 +2,38 @@
 
 Approximations, as errors relative to the result, in fp32: `tanh` 8e-7 (absolute 2e-7 where it is
 only scaled and added to the score, as in a softcap), `erf`, `log1p`, `expm1` and `softplus` 1e-6;
-`pow(x, y)` with y not a small integer 2e-7 * (1 + abs(y * log2(x))); division by a number
-multiplies by its reciprocal, 1.2e-7. With the option `approximate_tanh`, `tanh` is the GPU's own
+`pow(x, y)` with y not a small integer 2e-7 * (1 + abs(y * log2(x))); `division_rules` has those
+of quotients. With the option `approximate_tanh`, `tanh` is the GPU's own
 instruction on NVIDIA (sm_75 and later), relative error 2^-11 = 5e-4.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 
+from ringflex.kernels.division_rules import (
+    SETTLED,
+    divide,
+    floor_divide,
+    fmod,
+    remainder,
+    truncate,
+)
 from ringflex.kernels.scalars import (
     INT32,
-    TRITON_NAMES,
     Emitter,
     Number,
     Unsupported,
     Value,
+    as_tensor,
     bounds_of,
+    corners,
     number,
+    operands,
     range_of,
     widened,
     within,
@@ -33,30 +42,27 @@ from ringflex.kernels.scalars import (
 Rule = Callable[..., Value]
 
 
-def _corners(f: Callable[[int, int], int], x: Value, y: Value) -> tuple[int, int]:
-    values = [f(a, b) for a in bounds_of(x) for b in bounds_of(y)]
-    return min(values), max(values)
-
-
 def _arithmetic(symbol: str, f: Callable[[int, int], int]) -> Rule:
     def rule(
         e: Emitter, out: torch.dtype, x: Value, y: Value, *, alpha: Value | None = None
     ) -> Value:
         if alpha is not None and alpha.number != 1:
-            y = RULES[_aten.mul](e, torch.result_type(_like(y), _like(alpha)), y, alpha)
-        x, y = e.cast(x, out), e.cast(y, out)
+            y = RULES[_aten.mul](e, out, y, alpha)
+        if out == torch.bool:  # True + True is True
+            return _bitwise("|" if symbol == "+" else "&")(e, out, x, y)
+        x, y = operands(e, out, x, y)
         if x.is_number and y.is_number:
             return number(f(x.number, y.number), out)  # type: ignore[arg-type]
         if out.is_floating_point:
             return e.settle(e.let(f"{x.text} {symbol} {y.text}", out, [x, y]), out)
-        return e.integer(f"{{}} {symbol} {{}}", out, [x, y], _corners(f, x, y))
+        return e.integer(f"{{}} {symbol} {{}}", out, [x, y], corners(f, x, y))
 
     return rule
 
 
 def _like(x: Value) -> Any:
     """An example for torch's promotion: a number counts less than a tensor."""
-    return x.number if x.is_number else torch.empty((1,), dtype=x.dtype)
+    return x.number if x.weak else torch.empty((1,), dtype=x.dtype)
 
 
 def _common(e: Emitter, *values: Value) -> list[Value]:
@@ -69,7 +75,7 @@ def _comparison(symbol: str) -> Rule:
     def rule(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
         x, y = _common(e, x, y)
         if x.is_number and y.is_number:
-            return number(bool(_COMPARE[symbol](x.number, y.number)))
+            return number(bool(_COMPARE[symbol](x.number, y.number)), torch.bool)
         if x.dtype.is_floating_point:
             text = f"{x.text} {symbol} {y.text}"
             if (x.depends | y.depends) <= {"b", "h"}:  # the interpreter takes it for no boolean
@@ -77,7 +83,7 @@ def _comparison(symbol: str) -> Rule:
             return e.let(text, torch.bool, [x, y])
         known = {_COMPARE[symbol](a, b) for a in bounds_of(x) for b in bounds_of(y)}
         if symbol not in ("==", "!=") and len(known) == 1:  # whatever the indices
-            return number(known.pop())
+            return number(known.pop(), torch.bool)
         narrow = within(bounds_of(x), INT32) and within(bounds_of(y), INT32)
         one, other = (v.text if narrow else widened(v) for v in (x, y))
         return e.let(f"{one} {symbol} {other}", torch.bool, [x, y])
@@ -109,7 +115,7 @@ def _bitwise(symbol: str, *, logical: bool = False) -> Rule:
                     absorbing = known.number == (symbol == "|")
                     if symbol == "^":
                         return _not(e, out, other) if known.number else other
-                    return number(bool(known.number)) if absorbing else other
+                    return number(bool(known.number), kind) if absorbing else other
             return e.let(f"{x.text} {symbol} {y.text}", kind, [x, y])
         bounds = range_of(kind)
         if symbol == "&" and (bounds_of(x)[0] >= 0 or bounds_of(y)[0] >= 0):
@@ -127,7 +133,7 @@ def _not(e: Emitter, out: torch.dtype, x: Value) -> Value:
         return e.integer("~{}", out, [x], (~high, ~low))
     x = e.cast(x, torch.bool)
     if x.is_number:
-        return number(not x.number)
+        return number(not x.number, torch.bool)
     return e.let(f"{x.text} == 0", torch.bool, [x])
 
 
@@ -138,101 +144,10 @@ def _shift(symbol: str) -> Rule:
         bounds = None
         if low >= 0 and high < 32:
             f = operator.lshift if symbol == "<<" else operator.rshift
-            bounds = _corners(f, x, y)
+            bounds = corners(f, x, y)
         return e.integer(f"{{}} {symbol} {{}}", out, [x, y], bounds)
 
     return rule
-
-
-def _divide(
-    e: Emitter, out: torch.dtype, x: Value, y: Value, *, rounding_mode: str | None = None
-) -> Value:
-    if rounding_mode == "floor":
-        return _floor_divide(e, out, x, y)
-    x, y = e.cast(x, out), e.cast(y, out)
-    if rounding_mode == "trunc":
-        if not out.is_floating_point:
-            return e.integer("{} // {}", out, [x, y], _quotient(x, y))
-        exact = e.let(f"tl.div_rn({_tensor(e, x)}, {_tensor(e, y)})", out, [x, y])
-        return e.settle(_truncate(e, out, exact), out)
-    if y.is_number and not x.is_number:
-        value = cast(float, y.number)
-        if value != 0 and math.isfinite(1 / value):
-            return e.settle(
-                e.let(f"{x.text} * {number(1 / value, _exact(out)).text}", out, [x]), out
-            )
-    return e.settle(e.let(f"{_tensor(e, x)} / {y.text}", out, [x, y]), out)
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _tensor(e: Emitter, x: Value) -> str:
-    """A number where Triton wants a tensor."""
-    if not x.is_number:
-        return x.text
-    return e.let(f"tl.cast({x.text}, tl.{TRITON_NAMES[_exact(x.dtype)]})", x.dtype).text
-
-
-def _quotient(x: Value, y: Value) -> tuple[int, int] | None:
-    low, high = bounds_of(y)
-    if low <= 0 <= high:
-        return bounds_of(x) if not x.wide else None
-    return _corners(operator.floordiv, x, y)
-
-
-def _floor_divide(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
-    x, y = e.cast(x, out), e.cast(y, out)
-    if out.is_floating_point:
-        return e.settle(
-            e.let(f"tl.floor(tl.div_rn({_tensor(e, x)}, {_tensor(e, y)}))", out, [x, y]), out
-        )
-    if bounds_of(x)[0] >= 0 and bounds_of(y)[0] > 0:
-        return e.integer("{} // {}", out, [x, y], _quotient(x, y))
-    quotient = e.integer("{} // {}", out, [x, y], _quotient(x, y))
-    below = _wrong_sign(e, _c_remainder(e, out, x, y), y)
-    return e.integer("{} - {}.to(tl.int32)", out, [quotient, below], _quotient(x, y))
-
-
-def _c_remainder(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
-    size = max(abs(b) for b in bounds_of(y))
-    return e.integer("{} % {}", out, [x, y], (-size, size) if not y.wide else None)
-
-
-def _wrong_sign(e: Emitter, remainder: Value, y: Value) -> Value:
-    """Where C's remainder, which has the dividend's sign, is not Python's."""
-    if bounds_of(y)[0] > 0:
-        return e.let(f"{remainder.text} < 0", torch.bool, [remainder])
-    text = f"({remainder.text} != 0) & (({remainder.text} < 0) != ({y.text} < 0))"
-    return e.let(text, torch.bool, [remainder, y])
-
-
-def _remainder(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
-    x, y = e.cast(x, out), e.cast(y, out)
-    if out.is_floating_point:
-        whole = _floor_divide(e, out, x, y)
-        return e.settle(e.let(f"{x.text} - {whole.text} * {y.text}", out, [x, whole, y]), out)
-    remainder = _c_remainder(e, out, x, y)
-    if bounds_of(x)[0] >= 0 and bounds_of(y)[0] > 0:
-        return Value(remainder.text, out, remainder.depends, (0, bounds_of(y)[1] - 1))
-    below = _wrong_sign(e, remainder, y)
-    bounds = (0, bounds_of(y)[1] - 1) if bounds_of(y)[0] > 0 else remainder.bounds
-    return e.integer(f"tl.where({below.text}, {{0}} + {{1}}, {{0}})", out, [remainder, y], bounds)
-
-
-def _truncate(e: Emitter, out: torch.dtype, x: Value) -> Value:
-    if not out.is_floating_point:
-        return x
-    return e.let(f"tl.where({x.text} < 0, tl.ceil({x.text}), tl.floor({x.text}))", out, [x])
-
-
-def _fmod(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
-    x, y = e.cast(x, out), e.cast(y, out)
-    if not out.is_floating_point:
-        return _c_remainder(e, out, x, y)
-    whole = _divide(e, out, x, y, rounding_mode="trunc")
-    return e.settle(e.let(f"{x.text} - {whole.text} * {y.text}", out, [x, whole, y]), out)
 
 
 def _extremum(name: str, f: Callable[..., int]) -> Rule:
@@ -240,8 +155,10 @@ def _extremum(name: str, f: Callable[..., int]) -> Rule:
         x, y = e.cast(x, out), e.cast(y, out)
         if x.is_number and y.is_number:
             return number(f(x.number, y.number), out)
+        if out == torch.bool:
+            return _bitwise("&" if f is min else "|")(e, out, x, y)
         if out.is_floating_point:
-            text = f"tl.{name}({_tensor(e, x)}, {y.text}, propagate_nan=tl.PropagateNan.ALL)"
+            text = f"tl.{name}({as_tensor(e, x)}, {y.text}, propagate_nan=tl.PropagateNan.ALL)"
             return e.let(text, out, [x, y])
         bounds = tuple(f(a, b) for a, b in zip(bounds_of(x), bounds_of(y), strict=True))
         return e.integer(f"tl.{name}({{}}, {{}})", out, [x, y], cast(tuple[int, int], bounds))
@@ -271,7 +188,7 @@ def _where(e: Emitter, out: torch.dtype, condition: Value, x: Value, y: Value) -
     text = f"tl.where({condition.text}, {{}}, {{}})"
     if out.is_floating_point:
         if x.is_number and y.is_number:
-            x = Value(_tensor(e, x), x.dtype)
+            x = Value(as_tensor(e, x), x.dtype)
         return e.let(text.format(x.text, y.text), out, [condition, x, y])
     (a, b), (c, d) = bounds_of(x), bounds_of(y)
     value = e.integer(text, out, [x, y], (min(a, c), max(b, d)))
@@ -304,9 +221,14 @@ def _function(template: str) -> Rule:
 
     def rule(e: Emitter, out: torch.dtype, x: Value, **_: Any) -> Value:
         x = e.cast(x, out)
-        return e.settle(e.let(template.format(_tensor(e, x)), out, [x]), out)
+        return e.settle(e.let(template.format(as_tensor(e, x)), out, [x]), out)
 
     return rule
+
+
+def _square_root(e: Emitter, out: torch.dtype, x: Value) -> Value:
+    exact = x.depends <= SETTLED and out != torch.float64
+    return _function("tl.sqrt_rn({0})" if exact else "tl.sqrt({0})")(e, out, x)
 
 
 def _rounding(template: str) -> Rule:
@@ -315,7 +237,7 @@ def _rounding(template: str) -> Rule:
             raise Unsupported("to a number of decimals")
         if not out.is_floating_point:
             return x
-        return e.let(template.format(_tensor(e, x)), out, [x])
+        return e.let(template.format(as_tensor(e, x)), out, [x])
 
     return rule
 
@@ -336,7 +258,7 @@ def _power(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
     if not out.is_floating_point:
         raise Unsupported("an integer to a power that is not a small number")
     x, y = e.cast(x, out), e.cast(y, out)
-    return e.settle(e.let(f"power({_tensor(e, x)}, {_tensor(e, y)})", out, [x, y]), out)
+    return e.settle(e.let(f"power({as_tensor(e, x)}, {as_tensor(e, y)})", out, [x, y]), out)
 
 
 def _repeated(e: Emitter, out: torch.dtype, x: Value, n: int) -> Value:
@@ -353,7 +275,7 @@ def _repeated(e: Emitter, out: torch.dtype, x: Value, n: int) -> Value:
         if bits:
             power = multiply(e, out, power, power)
     assert result is not None
-    return result if n > 0 else _divide(e, out, number(1, out), result)
+    return result if n > 0 else divide(e, out, number(1, out), result)
 
 
 def _filled(value: Number) -> Rule:
@@ -406,15 +328,15 @@ RULES: dict[Any, Rule] = {
     _aten.sub: _arithmetic("-", operator.sub),
     _aten.mul: _arithmetic("*", operator.mul),
     _aten.rsub: _reverse("sub"),
-    _aten.div: _divide,
-    _aten.floor_divide: _floor_divide,
-    _aten.remainder: _remainder,
-    _aten.fmod: _fmod,
+    _aten.div: divide,
+    _aten.floor_divide: floor_divide,
+    _aten.remainder: remainder,
+    _aten.fmod: fmod,
     _aten.neg: _negative,
     _aten.abs: _absolute,
     _aten.sign: _sign,
     _aten.sgn: _sign,
-    _aten.reciprocal: lambda e, out, x: _divide(e, out, number(1, out), x),
+    _aten.reciprocal: lambda e, out, x: divide(e, out, number(1, out), x),
     _aten.lt: _comparison("<"),
     _aten.le: _comparison("<="),
     _aten.gt: _comparison(">"),
@@ -458,7 +380,7 @@ RULES: dict[Any, Rule] = {
     _aten.log2: _function("tl.log2({0})"),
     _aten.log10: _function("tl.log2({0}) * 0.3010299956639812"),
     _aten.log1p: _function("log1p({0})"),
-    _aten.sqrt: _function("tl.sqrt({0})"),
+    _aten.sqrt: _square_root,
     _aten.rsqrt: _function("tl.rsqrt({0})"),
     _aten.square: lambda e, out, x: _repeated(e, out, x, 2),
     _aten.sin: _function("tl.sin({0})"),
@@ -477,7 +399,7 @@ RULES: dict[Any, Rule] = {
     _aten.floor: _rounding("tl.floor({0})"),
     _aten.ceil: _rounding("tl.ceil({0})"),
     _aten.round: _rounding("round_half_even({0})"),
-    _aten.trunc: _truncate,
+    _aten.trunc: truncate,
     _aten._to_copy: lambda e, out, x, **_: e.cast(x, out),
     _aten.clone: lambda e, out, x, **_: x,
     _aten.alias: lambda e, out, x: x,

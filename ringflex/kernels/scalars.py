@@ -9,7 +9,7 @@ dtype of the graph cannot hold is rounded or wrapped to it, as torch would.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -31,6 +31,7 @@ class Value:
         depends: inputs that it depends on: "score", "grad", "b", "h", "q_idx", "kv_idx".
         bounds: what it may be, of an integer: inclusive; None if anything.
         number: its value, if known.
+        weak: a number that the user wrote, not a tensor: it bends to the other operand's dtype.
     """
 
     text: str
@@ -38,6 +39,7 @@ class Value:
     depends: frozenset[str] = frozenset()
     bounds: tuple[int, int] | None = None
     number: Number | None = None
+    weak: bool = False
 
     @property
     def is_number(self) -> bool:
@@ -51,6 +53,7 @@ class Value:
 
 def number(value: Number, dtype: torch.dtype | None = None) -> Value:
     """A number of the mod; without a dtype as it was written, to be rounded where it is used."""
+    weak = dtype is None
     if dtype is None:
         kinds = {bool: torch.bool, int: torch.int64, float: torch.float32}
         dtype = kinds[type(value)]
@@ -70,7 +73,7 @@ def number(value: Number, dtype: torch.dtype | None = None) -> Value:
     if isinstance(value, (int, float)) and (value < 0):
         text = f"({text})"
     bounds = None if dtype.is_floating_point else (int(value), int(value))
-    return Value(text, dtype, bounds=bounds, number=value)
+    return Value(text, dtype, bounds=bounds, number=value, weak=weak)
 
 
 def _double(value: float) -> str:
@@ -132,7 +135,7 @@ class Emitter:
 
     def cast(self, x: Value, dtype: torch.dtype) -> Value:
         """A conversion as torch makes it."""
-        if x.dtype == dtype:
+        if x.dtype == dtype and not x.weak:
             return x
         if x.is_number:
             value = cast(Number, x.number)
@@ -166,8 +169,8 @@ class Emitter:
         self, text: str, dtype: torch.dtype, operands: list[Value], bounds: tuple[int, int] | None
     ) -> Value:
         """An integer result of `text`, a format of the operands, in enough bits."""
-        if not within(bounds, range_of(dtype)):
-            bounds = None if dtype == torch.int64 else bounds
+        if dtype in (torch.int32, torch.int64) and not within(bounds, range_of(dtype)):
+            bounds = None if dtype == torch.int64 else INT32  # it may wrap round
         wide = dtype == torch.int64 and not within(bounds, INT32)
         in_64_bits = wide or not all(within(bounds_of(x), INT32) for x in operands)
         expression = text.format(*(widened(x) if in_64_bits else x.text for x in operands))
@@ -194,6 +197,30 @@ def widened(x: Value) -> str:
 def bounds_of(x: Value) -> tuple[int, int]:
     """What an integer may be."""
     return x.bounds if x.bounds is not None else range_of(x.dtype)
+
+
+def corners(f: Callable[[int, int], int], x: Value, y: Value) -> tuple[int, int]:
+    values = [f(a, b) for a in bounds_of(x) for b in bounds_of(y)]
+    return min(values), max(values)
+
+
+def operands(e: Emitter, out: torch.dtype, x: Value, y: Value) -> tuple[Value, Value]:
+    """In the dtype of the result; numbers beside half precision stay as exact as fp32, as torch
+    has them."""
+    wide = torch.float32 if out in HALF else out
+    x, y = (e.cast(v, wide if v.weak else out) for v in (x, y))
+    return x, y
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_tensor(e: Emitter, x: Value) -> str:
+    """A number where Triton wants a tensor."""
+    if not x.is_number:
+        return x.text
+    return e.let(f"tl.cast({x.text}, tl.{TRITON_NAMES[exact_dtype(x.dtype)]})", x.dtype).text
 
 
 TRITON_NAMES = {

@@ -106,16 +106,19 @@ def _of_mask(mask: BlockMask, device: torch.device) -> str | None:
 def _of_score(score: TracedMod | None, device: torch.device) -> str | None:
     if score is None:
         return None
-    if ("obstacle", device) not in score.cache:
+    training = torch.is_grad_enabled()
+    key = ("obstacle", device, training and tuple(c.requires_grad for c in score.captures))
+    if key not in score.cache:
         from ringflex.kernels.triton_mods import ScoreMod
 
         def lower() -> None:
             mod = ScoreMod(score, device, approximate_tanh=False)
             mod.function()
-            mod.gradient([t.requires_grad for t in mod.body.tables(score.captures)])
+            if training:
+                mod.gradient(mod.wanted([c.requires_grad for c in score.captures]))
 
-        score.cache["obstacle", device] = _raised(lower)
-    obstacle: str | None = score.cache["obstacle", device]
+        score.cache[key] = _raised(lower)
+    obstacle: str | None = score.cache[key]
     return obstacle
 
 

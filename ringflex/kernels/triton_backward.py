@@ -36,12 +36,14 @@ def row_terms_kernel(
 ):  # fmt: skip
     """What the backward needs of each query: lse in base 2, and delta = dout . out - dlse.
 
-    Grid: `(padded_len / ROWS, B * heads)`. Queries that see nothing, and the padding up to
-    `padded_len`, get lse_log2 = inf, so that p = 0. lse_log2, delta: `[B * heads, padded_len]`.
+    Grid: `(B * heads * ceil(padded_len / ROWS),)`. Queries that see nothing, and the padding up to
+    `padded_len`, get lse_log2 = inf, so that p = 0, and delta = 0, whatever dlse is there.
+    lse_log2, delta: `[B * heads, padded_len]`.
     """
-    head = tl.program_id(1)
+    per_head = tl.cdiv(padded_len, ROWS)
+    head = tl.program_id(0) // per_head
     b, h = head // heads, head % heads
-    start = tl.program_id(0) * ROWS
+    start = tl.program_id(0) % per_head * ROWS
     row = start + tl.arange(0, ROWS)
     inside = row < q_len
     value = tl.load(row_places(lse, b, h, row), mask=inside, other=float("-inf"))
@@ -51,6 +53,7 @@ def row_terms_kernel(
     total = tl.sum(o * d, axis=1)
     if WITH_DLSE:
         total -= tl.load(row_places(dlse, b, h, row), mask=inside, other=0.0)
+    total = tl.where(value == float("inf"), 0.0, total)
     kept = head.to(tl.int64) * padded_len + row
     tl.store(lse_log2 + kept, value, mask=row < padded_len)
     tl.store(delta + kept, total, mask=row < padded_len)

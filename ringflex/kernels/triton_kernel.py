@@ -22,7 +22,9 @@ from ringflex.kernels.triton_setup import (
     alignment,
     described,
     encoded_rows,
+    nearby,
     padded_dim,
+    shares,
     strided,
 )
 from ringflex.masks.block_mask import BlockMask
@@ -48,7 +50,7 @@ def forward(
     options: KernelOptions,
 ) -> None:
     """See `contract`."""
-    setup = Setup.of(q, k, v, mask, options)
+    setup, q, k, v = _setup(q, k, v, mask, options)
     mod = _score_mod(score, q, options)
     out, lse = after
     assert out is not None
@@ -96,7 +98,8 @@ def forward(
 
     ready = setup.prepared.get(key)
     if ready is None:
-        ready = setup.prepare(key, "forward", mod, prepare, None if in_place else arguments)
+        repeatable = before is None or not (shares(before_lse, lse) or shares(before_out, out))
+        ready = setup.prepare(key, "forward", mod, prepare, arguments if repeatable else None)
     ready(*arguments(ready.tile))
 
 
@@ -109,9 +112,10 @@ def row_terms(
     options: KernelOptions,
 ) -> RowTerms:
     """See `contract`."""
+    dout = nearby(dout)
     B, H, q_len, DV = out.shape
     padded = mask.q_blocks * mask.block_size[0]
-    terms = RowTerms(*(torch.empty(B, H, padded, device=out.device) for _ in range(2)))
+    terms = RowTerms(*(_empty(B, H, padded, out.device) for _ in range(2)))
     dlse_or_lse = lse if dlse is None else dlse
     key = (
         "row terms", out.dtype, dout.dtype, out.shape, out.stride(), dout.stride(), dlse is None,
@@ -122,7 +126,7 @@ def row_terms(
         rows = 64 if DV <= 128 else 32
         ready = mask.cache[key] = Prepared(
             row_terms_kernel,
-            (-(-padded // rows), B * H, 1),
+            (B * H * -(-padded // rows), 1, 1),
             (q_len, padded, H),
             (dlse is not None, rows, DV, padded_dim(DV)),
             Tile(rows, rows, 4, 1),
@@ -144,10 +148,10 @@ def backward(
     options: KernelOptions,
 ) -> None:
     """See `contract`."""
-    setup = Setup.of(q, k, v, mask, options)
+    setup, q, k, v = _setup(q, k, v, mask, options)
     mod = _score_mod(score, q, options)
-    call = _Backward(setup, mod, dout, q, k, v, terms, scale, gradients)
-    wanted = () if mod is None else mod.wanted(gradients.dcaptures)
+    call = _Backward(setup, mod, nearby(dout), q, k, v, terms, scale, gradients)
+    wanted = () if mod is None else mod.wanted([d is not None for d in gradients.dcaptures])
     if options.backward == "one_pass":
         call.one_pass(wanted)
         return
@@ -321,7 +325,8 @@ class _Backward:
         """dQ and the gradients of tables, as integers, which add up alike in any order.
 
         Each addend is rounded to 2^-(61 - log2(n)) of the largest, for n scores visited: 2^-28
-        with 16k x 16k scores of 32 heads. The largest is found first, by a run of its own.
+        with 16k x 16k scores of 32 heads. The largest is found first, by a run of its own; if it
+        is infinite or NaN, the gradient is NaN.
         """
         assert self.mod is not None
         pairs = accumulators(self.mod, wanted)
@@ -336,7 +341,10 @@ class _Backward:
         ]
         g = self.gradients
         self.queries(g.dq, g.add_q, wanted, fixed, FIXED.value)
-        sums = [(total.double() / factor).float().view_as(total) for total, factor in fixed]
+        sums = [
+            torch.where(finite, total.double() / factor, torch.nan).float()
+            for (total, factor), finite in zip(fixed, largest.isfinite(), strict=True)
+        ]
         self.collect(wanted, sums)
 
     def collect(self, wanted: Sequence[bool], sums: Sequence[Tensor]) -> None:
@@ -345,6 +353,21 @@ class _Backward:
             remaining = iter(sums)
             dtables = [next(remaining) if want else None for want in wanted]
             self.mod.add_to_captures(dtables, self.gradients.dcaptures)
+
+
+def _setup(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: KernelOptions
+) -> tuple[Setup, Tensor, Tensor, Tensor]:
+    """And q, k, v as it serves them."""
+    setup = Setup.of(q, k, v, mask, options)
+    if setup.far_apart:
+        q, k, v = (nearby(x) for x in (q, k, v))
+        setup = Setup.of(q, k, v, mask, options)
+    return setup, q, k, v
+
+
+def _empty(B: int, H: int, length: int, device: torch.device) -> Tensor:
+    return torch.empty(B, H, length, dtype=torch.float32, device=device)
 
 
 def _score_mod(score: TracedMod | None, q: Tensor, options: KernelOptions) -> ScoreMod | None:
@@ -363,4 +386,4 @@ def _kind(mod: ScoreMod | None) -> Any:
     """What Triton specialises on in a mod's tables."""
     if mod is None:
         return None
-    return tuple((t.shape, t.stride(), t.data_ptr() & 15) for t in mod.tables)
+    return tuple((t.dtype, t.shape, t.stride(), t.data_ptr() & 15) for t in mod.tables)

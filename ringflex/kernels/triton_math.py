@@ -129,8 +129,8 @@ def scatter_add(
     if not BY_KV:
         value = tl.sum(value, axis=1 - Q_AXIS, keep_dims=True)
     if HOW == LARGEST:
-        bits = tl.max(tl.max(tl.abs(value), axis=1), axis=0).to(tl.int32, bitcast=True)
-        tl.atomic_max(aside, bits, sem="relaxed")
+        bits = tl.abs(value).to(tl.int32, bitcast=True)  # ordered as the numbers are, NaN above all
+        tl.atomic_max(aside, tl.max(tl.max(bits, axis=1), axis=0), sem="relaxed")
     else:
         if not BY_Q and not BY_KV:
             value = tl.sum(tl.sum(value, axis=1), axis=0)

@@ -37,7 +37,7 @@ def mask_mod(mask: BlockMask, device: torch.device) -> Mod:
     if key not in cache:
         body = pointwise(mask.mask)
         host = mask.mask.to(torch.device("cpu"))
-        tables = [_narrow(t).to(device) for t in body.tables(host.captures)]
+        tables = [narrowed(t).to(device) for t in body.tables(host.captures)]
         specs = [TableSpec.of(t) for t in tables]
         lowered = lower_mask(body, specs)
         function = None if lowered.trivial else lowered.function
@@ -45,7 +45,8 @@ def mask_mod(mask: BlockMask, device: torch.device) -> Mod:
     return cache[key]
 
 
-def _narrow(table: Tensor) -> Tensor:
+def narrowed(table: Tensor) -> Tensor:
+    """Integers in 32 bits where they fit."""
     if table.dtype != torch.int64 or not table.numel():
         return table
     low, high = table.aminmax()
@@ -86,21 +87,25 @@ class ScoreMod:
             self.cache[key] = lower_gradient(gradient, self.specs, tanh=self.tanh).function
         return self.cache[key]
 
-    def wanted(self, dcaptures: Sequence[Tensor | None]) -> tuple[bool, ...]:
-        """Which tables want a gradient, for captured tensors to get theirs."""
-        if self.body.only_captures:
-            inputs = [n for n in self.score.module.graph.nodes if n.op == "placeholder"]
-            place = {n: i for i, n in enumerate(inputs[len(inputs) - len(dcaptures) :])}
-            return tuple(dcaptures[place[s]] is not None for s in self.body.sources)
-        floats = [t.is_floating_point() for t in self.tables]
-        return tuple(f and any(d is not None for d in dcaptures) for f in floats)
+    def wanted(self, captures_wanted: Sequence[bool]) -> tuple[bool, ...]:
+        """Which tables want a gradient, for these captured tensors to get theirs."""
+        key = ("wanted", tuple(captures_wanted))
+        if key not in self.cache:
+            leaves = [
+                c.detach().requires_grad_(want)
+                for c, want in zip(self.score.captures, captures_wanted, strict=True)
+            ]
+            with torch.enable_grad():
+                self.cache[key] = tuple(t.requires_grad for t in self.body.tables(leaves))
+        return self.cache[key]  # type: ignore[no-any-return]
 
     def add_to_captures(
         self, dtables: Sequence[Tensor | None], dcaptures: Sequence[Tensor | None]
     ) -> None:
-        """From the gradients of tables to those of the captured tensors, which are added to."""
+        """From the gradients of tables to those of the captured tensors, which are added to (in
+        their precision: half precision stays out of the sums)."""
         leaves = [
-            c.detach() if into is None else c.detach().requires_grad_()
+            c.detach() if into is None else c.detach().to(into.dtype).requires_grad_()
             for c, into in zip(self.score.captures, dcaptures, strict=True)
         ]
         with torch.enable_grad():
@@ -118,13 +123,11 @@ class ScoreMod:
                 target.add_(grad)
 
 
-def accumulators(
-    mod: ScoreMod, wanted: Sequence[bool], dtype: torch.dtype = torch.float32
-) -> list[tuple[Tensor, Tensor]]:
-    """For each table that wants a gradient: zeros like it, and one number aside."""
+def accumulators(mod: ScoreMod, wanted: Sequence[bool]) -> list[tuple[Tensor, Tensor]]:
+    """For each table that wants a gradient: zeros like it, fp32, and one number aside."""
     found = []
     for table, want in zip(mod.tables, wanted, strict=True):
         if want:
-            zeros = torch.zeros(table.shape, dtype=dtype, device=table.device)
+            zeros = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
             found.append((zeros, torch.zeros(1, dtype=torch.int32, device=table.device)))
     return found

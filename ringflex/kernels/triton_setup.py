@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,9 @@ from ringflex.kernels.triton_mods import ScoreMod, mask_mod
 from ringflex.kernels.triton_tiles import architecture, fit_blocks, tile_for
 from ringflex.masks.block_mask import BlockMask
 
+_KEPT = 64  # prepared launches
+_LARGEST_TILE = 256  # tokens
+
 
 class Setup:
     """For one mask, and q, k, v of one shape, dtype, layout and device. Kept on the mask."""
@@ -24,7 +28,7 @@ class Setup:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: KernelOptions
     ) -> None:
-        self.mask, self.options = mask, options
+        self._mask, self.options = weakref.ref(mask), options
         self.where = architecture(q.device)
         self.batch, self.heads, self.kv_heads = q.shape[0], q.shape[1], k.shape[1]
         self.group = self.heads // self.kv_heads
@@ -36,6 +40,7 @@ class Setup:
         D, Dv = q.shape[3], v.shape[3]
         self.dims = (D, padded_dim(D), Dv, padded_dim(Dv))
         self.describable = self._descriptors_serve() and all(map(describable, (q, k, v)))
+        self.far_apart = any(nearby(x) is not x for x in (q, k, v))
         self.prepared: dict[Any, Prepared] = {}
 
     @classmethod
@@ -49,6 +54,13 @@ class Setup:
         if found is None:
             found = mask.cache[key] = cls(q, k, v, mask, options)
         return found
+
+    @property
+    def mask(self) -> BlockMask:
+        """By a weak reference: the mask keeps this, and would outlive its last use in a cycle."""
+        mask = self._mask()
+        assert mask is not None
+        return mask
 
     def _descriptors_serve(self) -> bool:
         new = self.where.name == "cuda" and self.where.capability >= (9, 0)
@@ -91,6 +103,8 @@ class Setup:
 
                 run = lambda t: prepare(t)(*arguments(t))
                 tile = fastest_tile(kernel, run, tile, self, score)
+        if len(self.prepared) >= _KEPT:  # an annealed number in a mod is another mod every step
+            self.prepared.pop(next(iter(self.prepared)))
         self.prepared[key] = prepare(tile)
         return self.prepared[key]
 
@@ -155,6 +169,18 @@ def alignment(*tensors: Tensor) -> int:
         if x.data_ptr() & 15:
             bits |= 1 << i
     return bits
+
+
+def nearby(x: Tensor) -> Tensor:
+    """`x [B, H, S, D]`, or a copy if a tile of it spans 2^31 elements: kernels count them in 32
+    bits within a tile, in 64 bits up to it."""
+    span = _LARGEST_TILE * x.stride(2) + x.shape[3] * x.stride(3)
+    return x if span < 2**31 else x.contiguous()
+
+
+def shares(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors begin at the same place in memory."""
+    return x.data_ptr() == y.data_ptr()
 
 
 def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -49,7 +49,8 @@ class Architecture(NamedTuple):
     """What the choice of tiles depends on.
 
     Attributes:
-        name: "cuda" or "hip". capability: (9, 0) for Hopper, say. shared_memory: bytes per block.
+        name: "cuda", "hip" or "interpreter". capability: (9, 0) for Hopper, say.
+        shared_memory: bytes per block.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Architecture(NamedTuple):
 
 
 def architecture(device: torch.device) -> Architecture:
-    """Of a device; of the interpreter, that of a small GPU without tensor descriptors."""
+    """Of a device; the interpreter has memory for every tile."""
     if device.type != "cuda":
         return Architecture("interpreter", (0, 0), 1 << 30)
     properties = torch.cuda.get_device_properties(device)

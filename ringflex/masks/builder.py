@@ -26,7 +26,7 @@ class BlockMaskBuilder:
     """Builds the rows of one mask for any set of query blocks.
 
     Args:
-        mask: the traced mask.
+        mask: the traced mask; its captured tensors as they are now.
         B, H: batch elements and heads; needed (not None) where the mask depends on them.
         q_limit, kv_limit: true lengths of queries and keys, in tokens.
         block_size: tokens per query block and per K/V block.
@@ -48,7 +48,7 @@ class BlockMaskBuilder:
                     f"mask '{mask.name}' depends on {name}: pass {axis}=the number of "
                     f"{'batch elements' if axis == 'B' else 'query heads'}"
                 )
-        self.mask = mask
+        self.mask = mask = mask.frozen()
         self.B = B if B is not None and "b" in mask.uses else 1
         self.H = H if H is not None and "h" in mask.uses else 1
         self.q_limit, self.kv_limit = q_limit, kv_limit

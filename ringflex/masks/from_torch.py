@@ -26,7 +26,7 @@ def from_torch(block_mask: TorchBlockMask) -> BlockMask:
     bq, bk = block_mask.BLOCK_SIZE
     q_blocks, kv_blocks = -(-q_limit // bq), -(-kv_limit // bk)
     mod = block_mask.mask_mod
-    mask = trace_mask(full() if mod is None else mod)
+    mask = trace_mask(full() if mod is None else mod).frozen()
     B, H = block_mask.kv_num_blocks.shape[:2]
     rows = B * H * q_blocks
     partial = _listed(block_mask.kv_num_blocks, block_mask.kv_indices, kv_blocks)

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch._decomp import get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ringflex.autocast import without_autocast
 from ringflex.masks.trace import TracedMod
 
 _aten = torch.ops.aten
@@ -36,9 +37,9 @@ class PointwiseMod:
     """What a mod does per score.
 
     Attributes:
-        mod: the traced mod.
+        mod: the traced mod, without the captured tensors.
         graph: inputs are the mod's arguments (a score mod's first is the score), then the tables.
-        arguments: number of arguments.
+        arguments: number of arguments. mod_arguments: those of the mod; a derivative has one more.
         sources: nodes of the mod's graph that give the tables.
         scattered: which tables the graph adds gradients into (of a derivative).
     """
@@ -46,6 +47,7 @@ class PointwiseMod:
     mod: TracedMod
     graph: fx.Graph
     arguments: int
+    mod_arguments: int
     sources: tuple[fx.Node, ...]
     scattered: tuple[bool, ...] = ()
 
@@ -62,23 +64,18 @@ class PointwiseMod:
         values: dict[fx.Node, Any] = {}
         remaining = list(captures)
         device = next((c.device for c in captures if c.ndim), None)
-        needed = self._prologue
         for i, node in enumerate(n for n in self.mod.module.graph.nodes if n.op == "placeholder"):
-            if i >= self._mod_arguments:
+            if i >= self.mod_arguments:
                 capture = remaining.pop(0)
                 values[node] = capture if device is None else capture.to(device)
-        for node in needed:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            if "device" in kwargs and device is not None:
-                kwargs = {**kwargs, "device": device}
-            assert callable(node.target)
-            values[node] = node.target(*args, **kwargs)
+        with without_autocast():
+            for node in self._prologue:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                if "device" in kwargs and device is not None:
+                    kwargs = {**kwargs, "device": device}
+                assert callable(node.target)
+                values[node] = node.target(*args, **kwargs)
         return [values[source] for source in self.sources]
-
-    @cached_property
-    def _mod_arguments(self) -> int:
-        inputs = sum(n.op == "placeholder" for n in self.mod.module.graph.nodes)
-        return inputs - len(self.mod.captures)
 
     @cached_property
     def _prologue(self) -> list[fx.Node]:
@@ -121,7 +118,8 @@ def pointwise(mod: TracedMod) -> PointwiseMod:
         if node in varying or node in constants:
             copied[node] = graph.node_copy(node, copied.__getitem__)
     graph.output(copied[output.args[0]])
-    return PointwiseMod(mod, graph, arguments, tuple(sources))
+    body = replace(mod, captures=())  # what is kept with a mod keeps no tensor of its alive
+    return PointwiseMod(body, graph, arguments, arguments, tuple(sources))
 
 
 def derivative(body: PointwiseMod, wanted: Sequence[bool]) -> PointwiseMod:

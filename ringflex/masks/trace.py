@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import linecache
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -22,18 +25,24 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ringflex.autocast import without_autocast
+
 INDEX_NAMES = ("b", "h", "q_idx", "kv_idx")
 _INDEX = torch.ops.aten.index.Tensor
 
 
-_LEAVING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+_LEAVING = (
+    Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__,
+    Tensor.__float__, Tensor.__index__, Tensor.__contains__,
+)  # fmt: skip
+_Line = tuple[Any, str, int]  # an operation, and where the user wrote it: file, line
 
 
 class IndexByTensor(TorchFunctionMode):
     """Records `table[q_idx, kv_idx]` as an aten index; plain indexing would ask for `.item()`.
 
-    Refuses what would leave the trace unseen: values taken by `tolist()` or numpy, and tensor
-    subclasses, whose operations may mean something else.
+    Refuses what would leave the trace unseen: values taken out of tensors, which would become
+    numbers of the graph, and tensor subclasses, whose operations may mean something else.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,6 +64,8 @@ class IndexByTensor(TorchFunctionMode):
             if isinstance(item, int) and not isinstance(item, bool):
                 table = table.select(dim, item)
                 continue
+            if isinstance(item, Tensor) and item.dtype == torch.uint8:
+                raise TypeError("an index of uint8 means a mask to torch; write `table[i.long()]`")
             if isinstance(item, Tensor) and item.dtype != torch.bool:
                 indices.append(item)
             elif item == slice(None):
@@ -77,10 +88,11 @@ class TracedMod:
         captures: the captured tensors themselves (identity kept, so that gradients reach them).
         uses: names of the arguments that the result depends on.
         varying: the operations that depend on an argument; the others are computed once.
-        scalar: every varying operation works on scalars, so the graph broadcasts.
+        scalar: every varying operation works on scalars element by element, so the graph
+            broadcasts.
         approximate_tanh: tanh was written as attention-gym's `approx::tanh`: a kernel may use the
             hardware's approximation.
-        written: gives the operations again, with the user's lines.
+        lines: the operations as they were called, and where the user wrote them.
         cache: what kernels made of the graph.
     """
 
@@ -91,7 +103,7 @@ class TracedMod:
     varying: frozenset[fx.Node]
     scalar: bool
     approximate_tanh: bool = False
-    written: Callable[[], list[tuple[Any, str]]] | None = None
+    lines: tuple[_Line, ...] = ()
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def evaluate(
@@ -115,8 +127,11 @@ class TracedMod:
         """
         inputs = [b, h, q_idx, kv_idx] if score is None else [score, b, h, q_idx, kv_idx]
         inputs += self.captures if captures is None else captures
-        if self.scalar:
-            return self._run(*inputs)
+        with without_autocast():
+            return self._run(*inputs) if self.scalar else self._map(*inputs)
+
+    def _map(self, *inputs: Tensor) -> Tensor:
+        """The graph for one element after the other, in effect."""
         arguments = len(inputs) - len(self.captures)
         shape = torch.broadcast_shapes(*(x.shape for x in inputs[:arguments]))
         flat = [x.expand(shape).reshape(-1) for x in inputs[:arguments]]
@@ -149,6 +164,8 @@ class TracedMod:
         if node.target is _INDEX:
             table, indices = args  # type: ignore[misc]
             return _read(table, indices) if self.scalar else _INDEX(table, indices)  # type: ignore
+        if varies and node.target is torch.ops.aten.div.Tensor:
+            args = _divided_exactly(args[0], args[1], node.meta["val"].dtype)
         if "device" in kwargs:  # a constant made inside the mod lives where the indices live
             kwargs = {**kwargs, "device": next(iter(values.values())).device}
         assert callable(node.target)
@@ -164,6 +181,11 @@ class TracedMod:
             return self
         return replace(self, captures=tuple(c.detach().to(device) for c in self.captures))
 
+    def frozen(self) -> TracedMod:
+        """The same mod over copies of its captured tensors: later changes do not reach it."""
+        captures = tuple(c.detach().clone() for c in self.captures)
+        return replace(self, captures=captures, cache={})
+
     def digest(self) -> bytes:
         """16 bytes that are equal for equal graphs over equal captured values."""
         state = hashlib.blake2b(digest_size=16)
@@ -173,6 +195,13 @@ class TracedMod:
             state.update(f"{value.dtype}{tuple(value.shape)}".encode())
             state.update(value.reshape(-1).view(torch.uint8).numpy().data)
         return state.digest()
+
+
+def _divided_exactly(x: Any, y: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """On GPUs, torch multiplies by a number's reciprocal, which may round to another integer."""
+    if isinstance(x, Tensor) and x.device.type != "cpu" and not isinstance(y, Tensor):
+        y = torch.full((1,), y, dtype=dtype, device=x.device)
+    return x, y
 
 
 def _read(table: Tensor, indices: Sequence[Tensor]) -> Tensor:
@@ -228,8 +257,9 @@ def _trace(
         _check_result(result, kind, name, dtypes)
         return result
 
+    watch = _Watch(positional.__code__)
     try:
-        with IndexByTensor(), torch.no_grad():
+        with IndexByTensor(), torch.no_grad(), without_autocast(), watch:
             module = make_fx(positional)(*example)
     except RuntimeError as error:
         if "out of a tracing tensor" not in str(error) and "item()" not in str(error):
@@ -238,46 +268,46 @@ def _trace(
     approximate = _replace_approximations(module)
     _free_constants(module)
     _make_functional(module, kind, name)
+    _drop_reshapes(module)
     _merge_nested_reads(module)
     captures = _lift_captures(module)
     uses, varying, scalar = _dependence(module.graph, names)
-
-    def written() -> list[tuple[Any, str]]:
-        with IndexByTensor(), torch.no_grad(), _RecordLines() as recorder:
-            fn(*example)
-        return recorder.found
-
-    return TracedMod(name, module, captures, uses, varying, scalar, approximate, written)
+    lines = tuple(watch.lines)
+    return TracedMod(name, module, captures, uses, varying, scalar, approximate, lines)
 
 
-class _RecordLines(TorchDispatchMode):
-    """Notes each aten operation and the user's line that it comes from."""
+class _Watch(TorchDispatchMode):
+    """Notes each aten operation and the user's line that it comes from; refuses values taken out
+    of tensors by an operation's arguments, as in `torch.full((), captured)`."""
 
-    def __init__(self) -> None:
+    def __init__(self, outermost: CodeType) -> None:
         super().__init__()
-        self.found: list[tuple[Any, str]] = []
+        self.outermost, self.lines = outermost, list[_Line]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        line = ""
-        for frame in reversed(traceback.extract_stack()[:-1]):
-            if frame.filename == __file__:
-                if frame.name == "written":  # which called the mod
-                    break
-            elif "/torch/" not in frame.filename:
-                line = f" ({frame.filename}:{frame.lineno}: {frame.line})"
-                break
-        self.found.append((func, line))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("an argument takes a value out of a tracing tensor")
+        self.lines.append((func, *self._users_line(sys._getframe(1))))
         return func(*args, **(kwargs or {}))
+
+    def _users_line(self, frame: FrameType | None) -> tuple[str, int]:
+        while frame is not None and frame.f_code is not self.outermost:
+            filename = frame.f_code.co_filename
+            if filename != __file__ and "/torch/" not in filename:
+                return filename, frame.f_lineno
+            frame = frame.f_back
+        return "", 0
 
 
 def user_line(mod: TracedMod, node: fx.Node) -> str:
     """Where the user wrote an operation of the mod, for messages; empty if that is not known."""
-    if mod.written is None or node.graph is None:
-        return ""
     alike = [n for n in node.graph.nodes if n.target is node.target]
-    lines = [line for target, line in mod.written() if target is node.target]
+    lines = [line for line in mod.lines if line[0] is node.target]
     at = alike.index(node)
-    return lines[at] if at < len(lines) else ""
+    if at >= len(lines) or not lines[at][1]:
+        return ""
+    _, filename, lineno = lines[at]
+    return f" ({filename}:{lineno}: {linecache.getline(filename, lineno).strip()})"
 
 
 def _check_callable(fn: Any, kind: str, names: tuple[str, ...], name: str) -> None:
@@ -413,9 +443,35 @@ def _make_functional(module: fx.GraphModule, kind: str, name: str) -> None:
         node.target = functional
 
 
+def _drop_reshapes(module: fx.GraphModule) -> None:
+    """`x.view(())` and the like of one element are that element."""
+    aten = torch.ops.aten
+    shaping = (aten.view, aten.reshape, aten._unsafe_view, aten.squeeze, aten.expand, aten.permute)
+    for node in list(module.graph.nodes):
+        same = getattr(node.target, "overloadpacket", None) in shaping
+        if same and _is_scalar(node) and _is_scalar(node.args[0]):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+
+
 def _is_scalar(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.ndim == 0
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    """Whether an operation on scalars is the same on tiles, element by element. (A sum or a softmax
+    of one element is not.)"""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet in _ELEMENTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+_ELEMENTWISE = (  # that torch does not mark as pointwise
+    torch.ops.aten.index, torch.ops.aten._to_copy, torch.ops.aten.clone, torch.ops.aten.alias,
+    torch.ops.aten.detach, torch.ops.aten.lift_fresh_copy, torch.ops.aten.masked_fill,
+    torch.ops.aten.rsub, torch.ops.aten.where, torch.ops.aten.floor_divide, torch.ops.aten.fill,
+    torch.ops.aten.full_like, torch.ops.aten.__and__, torch.ops.aten.__or__,
+)  # fmt: skip
 
 
 def _dependence(
@@ -429,7 +485,7 @@ def _dependence(
         else:
             reads[node] = frozenset[str]().union(*(reads[n] for n in node.all_input_nodes))
             if node.op == "call_function" and reads[node]:
-                scalar &= _is_scalar(node)
+                scalar &= _is_scalar(node) and _is_elementwise(node)
     output = next(node for node in graph.nodes if node.op == "output")
     varying = frozenset(n for n, r in reads.items() if r and n.op == "call_function")
     return reads[output], varying, scalar

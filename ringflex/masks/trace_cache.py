@@ -1,9 +1,10 @@
 """Tracing a score mod once, although it is given at every call.
 
 A mod is known again by what its trace can depend on: its code, and what its closure, defaults and
-globals hold, through the functions among them. Numbers and the like count by value, tensors by
-their shape, strides, dtype and device: a new tensor of the same kind is bound to the old graph.
-What cannot be compared so (a bound method's object, a list) has a mod traced at every call.
+globals hold, through the functions, modules and classes among them as far as the code names their
+attributes. Numbers and the like count by value, tensors by their shape, strides, dtype and device:
+a new tensor of the same kind is bound to the old graph. What cannot be compared so (an object, a
+list) has a mod traced at every call.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +22,9 @@ from torch import Tensor
 from ringflex.masks.trace import TracedMod, trace_score
 
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_NAMES = (types.ModuleType, type, types.BuiltinFunctionType, types.MethodDescriptorType)
+_STABLE = {"torch", "math", "operator", "_operator", "builtins"}  # packages that stay as they are
 _KEPT = 128  # graphs
+_MOST = 1000  # things that a mod may consist of
 _traces: OrderedDict[Any, tuple[TracedMod, tuple[int | Tensor, ...]]] = OrderedDict()
 
 
@@ -32,9 +34,10 @@ class _Unknown(Exception):
 
 def traced_score(score_mod: Callable[..., Tensor], dtype: torch.dtype) -> TracedMod:
     """`trace_score`, from memory if the mod was traced before."""
-    tensors: list[Tensor] = []
+    marks = _Marks()
+    tensors = marks.tensors
     try:
-        key = (dtype, torch.get_default_dtype(), _mark(score_mod, tensors))
+        key = (dtype, torch.get_default_dtype(), marks.of(score_mod))
         known = _traces.get(key)
     except _Unknown:
         return trace_score(score_mod, dtype)
@@ -63,47 +66,83 @@ def _remember(key: Any, mod: TracedMod, tensors: list[Tensor]) -> None:
         node.meta["val"] = torch.empty_strided(
             capture.shape, capture.stride(), dtype=capture.dtype, device="meta"
         )
-    _traces[key] = (replace(mod, captures=(), written=None), tuple(places))
+    _traces[key] = (replace(mod, captures=()), tuple(places))
     if len(_traces) > _KEPT:
         _traces.popitem(last=False)
 
 
-def _mark(x: Any, tensors: list[Tensor], depth: int = 0) -> Any:
-    """What `x` is for a trace, hashable; collects the tensors in it."""
-    if isinstance(x, _VALUES):
-        return (type(x), repr(x) if isinstance(x, float) else x)
-    if type(x) in (Tensor, torch.nn.Parameter):
-        same = next((i for i, t in enumerate(tensors) if t is x), len(tensors))
-        if same == len(tensors):
-            tensors.append(x)
-        return (same, x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
-    if isinstance(x, _NAMES):
-        return x
-    if depth > 8:
+class _Marks:
+    """What things are for a trace, hashable; collects the tensors among them."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.left = _MOST
+
+    def of(self, x: Any, names: tuple[str, ...] = (), depth: int = 0) -> Any:
+        """`names`: the attributes that the code around `x` may ask for."""
+        if isinstance(x, _VALUES):
+            return (type(x), repr(x) if isinstance(x, float) else x)
+        if type(x) in (Tensor, torch.nn.Parameter):
+            same = next((i for i, t in enumerate(self.tensors) if t is x), len(self.tensors))
+            if same == len(self.tensors):
+                self.tensors.append(x)
+            return (same, x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+        self.left -= 1
+        if depth > 8 or self.left < 0:
+            raise _Unknown
+        if type(x) is tuple:
+            return tuple(self.of(item, names, depth + 1) for item in x)
+        if isinstance(x, functools.partial):
+            keywords = tuple(sorted(x.keywords.items()))
+            return tuple(self.of(item, (), depth + 1) for item in (x.func, x.args, keywords))
+        if _is_stable(x):
+            return x
+        if isinstance(x, types.FunctionType):
+            return self._of_function(x, depth)
+        if isinstance(x, types.ModuleType) or type(x) is type:
+            return (x, *(self.of(v, names, depth + 1) for v in _attributes(x, names)))
         raise _Unknown
-    if type(x) is tuple:
-        return tuple(_mark(item, tensors, depth + 1) for item in x)
-    if isinstance(x, functools.partial):
-        keywords = tuple(sorted(x.keywords.items()))
-        return tuple(_mark(item, tensors, depth + 1) for item in (x.func, x.args, keywords))
-    if isinstance(x, types.FunctionType):
-        return _mark_function(x, tensors, depth)
-    raise _Unknown
+
+    def _of_function(self, fn: types.FunctionType, depth: int) -> Any:
+        names = _names_in(fn.__code__)
+        try:
+            held = [cell.cell_contents for cell in fn.__closure__ or ()]
+        except ValueError:  # not assigned yet
+            raise _Unknown from None
+        scope = fn.__globals__
+        globals_used = [scope[name] for name in names if name in scope]
+        more = [tuple(sorted((d or {}).items())) for d in (fn.__kwdefaults__, fn.__dict__)]
+        marks: list[Any] = [fn.__code__]
+        for item in (*held, *(fn.__defaults__ or ()), *more, *globals_used):
+            marks.append(None if item is fn else self.of(item, names, depth + 1))
+        return tuple(marks)
 
 
-def _mark_function(fn: types.FunctionType, tensors: list[Tensor], depth: int) -> Any:
-    marks: list[Any] = [fn.__code__]
-    cells = fn.__closure__ or ()
-    try:
-        held = [cell.cell_contents for cell in cells]
-    except ValueError:  # not assigned yet
-        raise _Unknown from None
-    keywords = tuple(sorted((fn.__kwdefaults__ or {}).items()))
-    scope = fn.__globals__
-    globals_used = [scope[name] for name in _names_in(fn.__code__) if name in scope]
-    for item in (*held, *(fn.__defaults__ or ()), keywords, *globals_used):
-        marks.append(None if item is fn else _mark(item, tensors, depth + 1))
-    return tuple(marks)
+def _is_stable(x: Any) -> bool:
+    """Whether `x` is of torch or Python itself, and always does the same."""
+    if isinstance(x, types.ModuleType):
+        home = x.__name__
+    elif isinstance(x, (types.MethodDescriptorType, types.WrapperDescriptorType)):
+        home = x.__objclass__.__module__
+    elif isinstance(x, types.BuiltinFunctionType):
+        owner = getattr(x, "__self__", None)
+        of_an_object = not (owner is None or isinstance(owner, (types.ModuleType, type)))
+        home = "" if of_an_object else x.__module__
+    elif isinstance(x, type) or (isinstance(x, types.FunctionType) and not x.__closure__):
+        home = x.__module__
+    else:
+        home = ""
+    return str(home).partition(".")[0] in _STABLE
+
+
+def _attributes(x: Any, names: tuple[str, ...]) -> Iterator[Any]:
+    """What a module or class answers to these names."""
+    spaces = [vars(c) for c in x.__mro__] if isinstance(x, type) else [vars(x)]
+    for name in names:
+        found = next((space[name] for space in spaces if name in space), None)
+        if found is None and isinstance(x, types.ModuleType) and "__getattr__" in vars(x):
+            raise _Unknown
+        yield found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
 
 
 @functools.lru_cache(maxsize=1024)

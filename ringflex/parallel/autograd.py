@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ringflex.autocast import without_autocast
 from ringflex.kernels.contract import KernelOptions, Partial, compute_dtype
 from ringflex.masks.trace import TracedMod
 from ringflex.parallel import schedule
@@ -63,7 +64,7 @@ def _forward(
     before = None
     if sinks is not None:
         before = Partial(None, sinks.to(lse.dtype)[None, :, None].expand_as(lse))
-    with _no_autocast(q):
+    with _surroundings(q):
         schedule.forward(plan, kernel, q, k, v, score, scale, before, Partial(out, lse), options)
     return q, k, v, out, lse
 
@@ -114,7 +115,7 @@ class Attention(torch.autograd.Function):
             else None
             for c, wanted in zip(captures, ctx.needs_input_grad[_FIRST_CAPTURE:], strict=True)
         ]
-        with _no_autocast(q):
+        with _surroundings(q):
             terms = kernel.row_terms(dout, out, lse, dlse, plan.rows, options)
             dq, dk, dv = schedule.backward(
                 plan, kernel, dout, q, k, v, terms, ctx.score, ctx.scale, dcaptures, options
@@ -135,11 +136,15 @@ class Attention(torch.autograd.Function):
 _FIRST_CAPTURE = 9  # among the arguments of Attention.forward
 
 
-def _no_autocast(q: Tensor) -> AbstractContextManager[Any]:
-    """The kernel chooses its dtypes itself."""
-    if torch.is_autocast_enabled(q.device.type):
-        return torch.autocast(q.device.type, enabled=False)
-    return nullcontext()
+def _surroundings(q: Tensor) -> AbstractContextManager[Any]:
+    """The kernel chooses its dtypes itself, and runs where q is: Triton launches on the current
+    device."""
+    if q.device.type != "cuda" or q.device.index == torch.cuda.current_device():
+        return without_autocast(q.device.type)
+    stack = ExitStack()
+    stack.enter_context(without_autocast("cuda"))
+    stack.enter_context(torch.cuda.device(q.device))
+    return stack
 
 
 def _empty_like(q: Tensor, Dv: int, dtype: torch.dtype) -> Tensor:

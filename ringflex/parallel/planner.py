@@ -196,7 +196,12 @@ def plan_all(
 
 
 def single_device_plan(block_mask: BlockMask) -> Plan:
-    """A block mask as a plan of one rank and one step; kept on the mask."""
+    """A block mask as a plan of one rank and one step.
+
+    All but the plan itself is kept on the mask; the plan refers to the mask, which would outlive
+    its last use in a cycle.
+    """
+    steps = (Step(mask=block_mask, width=block_mask.kv_blocks),)
     if "plan" not in block_mask.cache:
         layout = Layout(
             name="contiguous",
@@ -205,19 +210,21 @@ def single_device_plan(block_mask: BlockMask) -> Plan:
             block_size=block_mask.block_size[0],
             owner=np.zeros(block_mask.q_blocks, dtype=np.int64),
         )
-        steps = (Step(mask=block_mask, width=block_mask.kv_blocks),)
-        block_mask.cache["plan"] = Plan(
-            rank=0,
-            world_size=1,
-            layout=layout,
-            strategy="direct",
-            rows=block_mask,
-            steps=steps,
-            needed=block_mask.needed()[None],
-            stats=stats_of(layout, 0, steps, [block_mask.visible_blocks], block_mask.B),
-            identity=block_mask.mask.name,
-        )
-    return block_mask.cache["plan"]
+        block_mask.cache["plan"] = {
+            "layout": layout,
+            "needed": block_mask.needed()[None],
+            "stats": stats_of(layout, 0, steps, [block_mask.visible_blocks], block_mask.B),
+            "cache": {},
+        }
+    return Plan(
+        rank=0,
+        world_size=1,
+        strategy="direct",
+        rows=block_mask,
+        steps=steps,
+        identity=block_mask.mask.name,
+        **block_mask.cache["plan"],
+    )
 
 
 class _Draft:

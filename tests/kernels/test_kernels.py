@@ -3,6 +3,8 @@
 On a GPU they run there; elsewhere Triton's interpreter executes the Triton kernels.
 """
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -234,6 +236,83 @@ def test_merges_into_a_running_result(kernel: Any, score: str | None) -> None:
     step(both, Partial(None, start), running)  # as sinks enter
     torch.testing.assert_close(running.lse, torch.logaddexp(start, expected.lse))
     assert deviation((running.lse - start)[:, :, :21], torch.zeros(shape[0], shape[1], 21)) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_reach_inside(backend: str) -> None:
+    case = replace(SMALL, mask="causal documents", score="low rank", dlse=True)
+    plain = run(case, backend, deterministic=True)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        assert_same_bits(plain, run(case, backend, deterministic=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_dtype_does_not_reach_inside(backend: str) -> None:
+    case = replace(SMALL, mask="causal documents", dlse=True)
+    plain = run(case, backend)
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert_same_bits(plain, run(case, backend))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_lse_where_nothing_is_seen(backend: str) -> None:
+    """They may be NaN, as `torch.where(isfinite, lse * lse, 0)` gives, and change nothing."""
+    p = replace(SMALL, mask="tree").build(device=DEVICE)
+    mask = rf.create_block_mask(
+        lambda b, h, q, k: (q >= k) & (q % 5 != 2), None, None, 97, 97, BLOCK_SIZE=32
+    )
+    leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v)]
+    out, lse = rf.flex_attention(
+        *leaves, block_mask=mask, enable_gqa=True, return_lse=True, backend=backend
+    )
+    assert (lse == -torch.inf).any()
+    loss = out.square().sum() + torch.where(lse.isfinite(), lse * lse, 0).sum()
+    for grad in torch.autograd.grad(loss, leaves):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_later_changes_of_a_masks_captures_do_not_reach_it(backend: str) -> None:
+    case = replace(SMALL, mask="full")
+    ids = torch.arange(case.seq_len, device=DEVICE) // 9
+    weights = torch.linspace(0, 1, case.seq_len, device=DEVICE)
+    mod = lambda b, h, q, k: (ids[q] == ids[k]) & (weights[k] <= 0.9)
+    found = []
+    for _ in range(2):  # the second mask sees the changes
+        mask = rf.create_block_mask(mod, None, None, 97, 97, BLOCK_SIZE=32)
+        before = attend(case.build(device=DEVICE), mask, backend=backend)
+        ids.zero_()
+        weights.mul_(0.5)
+        assert_same_bits(before, attend(case.build(device=DEVICE), mask, backend=backend))
+        found.append(before)
+    assert not torch.equal(found[0].out, found[1].out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_is_freed_with_its_last_reference(backend: str) -> None:
+    """Not only by the garbage collector, which many training loops stop."""
+    case = replace(SMALL, mask="causal documents", score="alibi")
+    mask = block_mask(case)
+    attend(case.build(device=DEVICE), mask, backend=backend)
+    gone = weakref.ref(mask)
+    gc.disable()
+    try:
+        del mask
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu(2)
+def test_tensors_on_another_device_than_the_current_one() -> None:
+    case = replace(SMALL, mask="causal documents", score="composed", dlse=True)
+    with torch.cuda.device(0):
+        found = attend(case.build(device=torch.device("cuda:1")), block_mask(case))
+    assert found.out.device == torch.device("cuda:1")
+    assert_equals_reference(case, found)
 
 
 def test_eager_and_triton_agree_in_the_schedule() -> None:

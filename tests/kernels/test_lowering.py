@@ -1,5 +1,8 @@
 """Generated functions against the mods as they are written, and against autograd."""
 
+import itertools
+import linecache
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +18,11 @@ import ringflex as rf
 from attention_cases import DEVICE, MASKS, SCORES, Case
 from kernels.random_scores import EXTENT, HEADS, RandomScore, random_scores
 from masks.random_masks import REFUSALS, RandomMask, random_masks
+from ringflex.kernels import lowering
 from ringflex.kernels.lowering import lower_gradient, lower_mask, lower_score
 from ringflex.kernels.mod_tables import TableSpec, gradient_arguments, table_arguments
 from ringflex.kernels.triton_math import ADD
-from ringflex.kernels.triton_mods import ScoreMod, accumulators
+from ringflex.kernels.triton_mods import ScoreMod, accumulators, narrowed
 from ringflex.masks.pointwise import pointwise
 from ringflex.masks.trace import trace_mask, trace_score
 
@@ -64,7 +68,7 @@ def apply_score(
 def lowered_mask(mask_mod: Callable[..., Tensor], B: int = 2, H: int = HEADS) -> Tensor:
     traced = trace_mask(mask_mod).to(DEVICE)
     body = pointwise(traced)
-    tables = body.tables(traced.captures)
+    tables = [narrowed(t) for t in body.tables(traced.captures)]
     specs = [TableSpec.of(t) for t in tables]
     result = torch.full((B, H, SIZE, SIZE), -1, dtype=torch.int32, device=DEVICE)
     apply_mask[(B, H)](
@@ -157,7 +161,12 @@ def test_random_scores(score: RandomScore) -> None:
     check_score(score.function(DEVICE), 0)
 
 
-def integer_mods() -> dict[str, Callable[..., Tensor]]:
+def arithmetic() -> dict[str, Callable[..., Tensor]]:
+    """Where Triton's arithmetic, or a shortcut of ours, is not Python's or torch's."""
+    at = torch.arange(EXTENT, device=DEVICE)
+    ids, large, byte = at // 7, (at * 100_000_000).int(), at.to(torch.uint8)
+    half, double = (at * 0.1).half(), at.double()
+    number = lambda value: torch.full((), value)
     return {
         "floor": lambda b, h, q, k: (q - k) // 5 == -2,
         "floor of a negative divisor": lambda b, h, q, k: (q - k) // -5 == 1,
@@ -166,12 +175,43 @@ def integer_mods() -> dict[str, Callable[..., Tensor]]:
         "varying divisor": lambda b, h, q, k: (q - 12) // (k - 11.5).sign().long() < 3,
         "fmod": lambda b, h, q, k: torch.fmod(q - k, 5) == -2,
         "trunc": lambda b, h, q, k: torch.div(q - k, 5, rounding_mode="trunc") == -2,
+        "trunc of what is negative": lambda b, h, q, k: (
+            torch.div(-1 - q, 5, rounding_mode="trunc") < 0
+        ),
+        "trunc by either sign": lambda b, h, q, k: (
+            torch.div(q, (k - 11.5).sign().long(), rounding_mode="trunc") < 0
+        ),
         "wide products": lambda b, h, q, k: (q * 7_000_000_019 + k * 3_000_000_007) % 11 < 4,
         "hash": lambda b, h, q, k: ((q * 2654435761 ^ k * 40503) >> 7) % 3 == 1,
         "narrow": lambda b, h, q, k: (q * 13).to(torch.int8) > k.to(torch.int8),
         "unsigned": lambda b, h, q, k: (q - k).to(torch.uint8) < 100,
+        "int32 wraps": lambda b, h, q, k: q.int() * 100_000_000 < 0,
+        "int32 wraps, then modulo": lambda b, h, q, k: (
+            (q.int() * 1103515245 + k.int() * 12345) % 8 < 4
+        ),
+        "int32 wraps, then is widened": lambda b, h, q, k: (q.int() * 100_000_000).long() * 5 > 0,
+        "int32 table wraps": lambda b, h, q, k: (large[q] * 3).long() > 2**30,
+        "wide number": lambda b, h, q, k: ids[q] + (ids[k] < 2**40) > 2,
+        "wide factor": lambda b, h, q, k: torch.add(k * 0, ids[q], alpha=3_000_000_000) > 5,
+        "byte below a tensor": lambda b, h, q, k: byte[q] < number(300),
+        "byte above a tensor": lambda b, h, q, k: byte[q] > number(-1),
+        "half below a tensor": lambda b, h, q, k: half[q] < number(0.1),
+        "half below a number": lambda b, h, q, k: half[q] <= 0.1,
+        "sum of booleans": lambda b, h, q, k: ((q >= k) + (k < 4)).int() == 1,
+        "product of booleans": lambda b, h, q, k: (q >= k) * (k < 4),
+        "maximum of booleans": lambda b, h, q, k: torch.maximum(q > k, k > 3),
+        "minimum of booleans": lambda b, h, q, k: torch.minimum(q > k, k > 3),
+        "order of booleans": lambda b, h, q, k: (q > k) > (k > 3),
+        "quotient to integer": lambda b, h, q, k: (q / 41 * 41).long() == q + (k > 9) * 0,
+        "quotient of tensors": lambda b, h, q, k: (q / (k + 1)).long() == q // (k + 1),
+        "root to integer": lambda b, h, q, k: (q * q).sqrt().long() == q + (k > 9),
         "float remainder": lambda b, h, q, k: (q * 0.5) % 1.5 == 0.5,
+        "float remainder of 0.1": lambda b, h, q, k: (q * 1.0) % 0.1 < k * 0.004,
+        "float remainder of infinity": lambda b, h, q, k: (q - k * 1.0) % float("inf") < 5,
+        "float fmod": lambda b, h, q, k: torch.fmod(q - k * 1.0, 0.3) < 0.1,
         "float floor": lambda b, h, q, k: (q - k) / 2 // 3 == -2,
+        "float floor of 0.1": lambda b, h, q, k: (q * 0.1) // 0.1 <= k,
+        "double": lambda b, h, q, k: double[q] / 3.0 < double[k] * 0.3,
         "minimum with nan": lambda b, h, q, k: torch.minimum((q - 9.0).sqrt(), k + 0.5) < 3,
         "not": lambda b, h, q, k: ~(~q < k - 20),
         "where": lambda b, h, q, k: torch.where(h == 1, q > k, torch.where(b == 0, q < k, q == k)),
@@ -179,12 +219,49 @@ def integer_mods() -> dict[str, Callable[..., Tensor]]:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", integer_mods())
-def test_python_arithmetic(name: str) -> None:
-    """Negative numbers, wide and narrow integers."""
-    fn = integer_mods()[name]
-    expected = trace_mask(fn).evaluate(*grid()).expand(2, HEADS, EXTENT, EXTENT)
-    assert torch.equal(lowered_mask(fn).cpu(), expected)
+@pytest.mark.parametrize("name", arithmetic())
+def test_arithmetic_is_torchs(name: str) -> None:
+    fn = arithmetic()[name]
+    sizes = (1, 2, EXTENT, EXTENT)
+    elements = itertools.product(*(torch.arange(n, device=DEVICE) for n in sizes))
+    expected = torch.stack([fn(*element) for element in elements]).view(sizes)
+    assert torch.equal(lowered_mask(fn, *sizes[:2]), expected)
+    traced = trace_mask(fn).evaluate(*(x.to(DEVICE) for x in grid(*sizes[:2])))
+    assert torch.equal(traced.expand(sizes), expected)
+
+
+def test_booleans_are_not_added() -> None:
+    """In one bit True + True is False; only the interpreter's is True."""
+    body = pointwise(trace_mask(lambda b, h, q, k: (q >= k) + (k < 4)))
+    source = lower_mask(body, []).source
+    assert "|" in source and "+" not in source
+
+
+def half_scores() -> dict[str, Callable[..., Tensor]]:
+    table = (torch.randn(EXTENT, 64, device=DEVICE) * 3).half()
+    return {
+        "a number beside half precision is not rounded": lambda s, b, h, q, k: (
+            s + table[q, 0] * 1.1
+        ),
+        "a tiny number": lambda s, b, h, q, k: s + table[q, 0] * 1e-8 * 1e7,
+        "a large divisor": lambda s, b, h, q, k: s + table[q, 0] / 70_000.0 * 1e4,
+        "a sum is rounded once": lambda s, b, h, q, k: s + (table[q] * table[k]).sum(-1),
+        "a mean is rounded once": lambda s, b, h, q, k: s + (table[q] * table[k]).mean(-1),
+    }
+
+
+@pytest.mark.parametrize("name", half_scores())
+def test_half_precision_is_torchs(name: str) -> None:
+    check_score(half_scores()[name], 0, tolerance=1e-3 if "once" in name else 3e-5)
+
+
+def test_what_fp64_cannot_be_divided_exactly_is_refused() -> None:
+    double = torch.arange(EXTENT, dtype=torch.float64)
+    for mod in (lambda b, h, q, k: double[q] // 2.0 < k, lambda b, h, q, k: double[q] % 3.0 < 1):
+        traced = trace_mask(mod)
+        body = pointwise(traced)
+        with pytest.raises(NotImplementedError, match="in fp64"):
+            lower_mask(body, [TableSpec.of(t) for t in body.tables(traced.captures)])
 
 
 def test_tables_of_every_kind() -> None:
@@ -220,8 +297,9 @@ def test_unknown_operations_are_refused_by_name_and_line() -> None:
 def test_long_vectors_are_refused() -> None:
     left = torch.randn(EXTENT, 300)
     mod = lambda s, b, h, q, k: s + (left[q] * left[k]).sum(-1)
-    body = pointwise(trace_score(mod, torch.float32))
-    specs = [TableSpec.of(t) for t in body.tables(body.mod.captures)]
+    traced = trace_score(mod, torch.float32)
+    body = pointwise(traced)
+    specs = [TableSpec.of(t) for t in body.tables(traced.captures)]
     with pytest.raises(NotImplementedError, match="300 elements per score, more than 256"):
         lower_score(body, specs)
 
@@ -230,8 +308,9 @@ def test_the_same_code_is_one_function() -> None:
     """Other captured values and sizes make no other function; another unit stride does."""
 
     def function(ids: Tensor) -> Any:
-        body = pointwise(trace_mask(rf.causal() & rf.document(ids)))
-        tables = body.tables(body.mod.captures)
+        traced = trace_mask(rf.causal() & rf.document(ids))
+        body = pointwise(traced)
+        tables = body.tables(traced.captures)
         return lower_mask(body, [TableSpec.of(t) for t in tables]).function
 
     first = function(torch.arange(100) // 9)
@@ -256,3 +335,23 @@ def test_gradients_that_are_not_wanted_are_not_computed() -> None:
 
 def test_mode_of_addition() -> None:
     assert ADD.value == 0  # as apply_score passes it
+
+
+def test_functions_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that anneals is another function every step."""
+    monkeypatch.setattr(lowering, "_KEPT", 3)
+    monkeypatch.setattr(lowering, "_functions", OrderedDict())
+
+    def function(cap: float) -> Any:
+        return lower_score(pointwise(trace_score(rf.softcap(cap), torch.float32)), []).function
+
+    made = [function(cap) for cap in (1.0, 2.0, 3.0, 4.0)]
+    assert len(lowering._functions) == 3
+    assert function(4.0) is made[3] and function(1.0) is not made[0]
+    assert f"<ringflex {made[1].__name__}>" not in linecache.cache
+
+
+def test_offsets_into_the_gradient_of_an_expanded_table() -> None:
+    """It is contiguous, so it may need 64 bits where the table does not."""
+    table = torch.empty(1, 1).expand(2**16, 2**16)
+    assert TableSpec.of(table).wide and not TableSpec.of(table[: 2**14]).wide

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
+from ringflex.masks.pointwise import pointwise
 from ringflex.masks.trace import IndexByTensor, TracedMod, trace_mask, trace_score
 
 B, H, Q, K = 2, 2, 4, 7
@@ -310,6 +311,77 @@ def test_functions_of_every_kind_are_traced() -> None:
         assert torch.equal(traced.evaluate(*indices()).expand(B, H, Q, K), truth)
         names.append(traced.name)
     assert names == ["Window", "method", "partial", "defaulted"]
+
+
+SINGLE: dict[str, Mod] = {  # of one element; over a tile they would mix elements
+    "any": lambda b, h, q, k: (q == k).any() | (k == 0),
+    "all": lambda b, h, q, k: (q == k).all(),
+    "sum": lambda b, h, q, k: (q - k).sum() > 1,
+    "max": lambda b, h, q, k: (q - k).max() > 1,
+    "norm": lambda b, h, q, k: torch.linalg.vector_norm((q - k) * 1.0) < 2,
+    "cumsum": lambda b, h, q, k: torch.cumsum(q - k, 0) > 1,
+    "softmax": lambda b, h, q, k: torch.softmax(q * 1.0, -1) > k - 1,
+    "view": lambda b, h, q, k: (q >= k).view(()),
+    "squeeze": lambda b, h, q, k: (q >= k).squeeze(),
+    "there and back": lambda b, h, q, k: (q >= k).unsqueeze(0).squeeze(0),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_operations_on_one_element_stay_there(name: str) -> None:
+    traced = trace_mask(SINGLE[name])
+    assert torch.equal(traced.evaluate(*indices()).expand(B, H, Q, K), by_element(SINGLE[name]))
+
+
+def test_values_of_captured_tensors_are_not_taken() -> None:
+    """They would become numbers of the graph, and later changes be ignored."""
+    flag, number = torch.tensor(True), torch.tensor(3)
+    mods: list[Mod] = [
+        lambda b, h, q, k: q - k < number.item(),
+        lambda b, h, q, k: q - k < int(number),
+        lambda b, h, q, k: q > k if flag else q < k,
+        lambda b, h, q, k: q - k < torch.full((), number),  # type: ignore[call-overload]
+        lambda b, h, q, k: (q - k < 3) & (3 in number),
+    ]
+    for mod in mods:
+        with pytest.raises(ValueError, match="turns a tensor into a Python value"):
+            trace_mask(mod)
+    assert trace_mask(lambda b, h, q, k: (q - k < number) & flag).captures == (number, flag)
+
+
+def test_an_index_of_bytes_is_refused() -> None:
+    table, places = torch.arange(20), torch.arange(20, dtype=torch.uint8)
+    with pytest.raises(
+        TypeError, match=r"uint8 means a mask to torch; write `table\[i.long\(\)\]`"
+    ):
+        trace_mask(lambda b, h, q, k: table[places[q]] > k)
+
+
+def test_autocast_does_not_reach_into_a_mod() -> None:
+    """Neither when it is traced, nor when its tables are computed, nor at each call."""
+    left, right = torch.randn(K, 8), torch.randn(K, 8)
+    mods = (
+        lambda s, b, h, q, k: s + left[q] @ right[k],
+        lambda s, b, h, q, k: s + (left @ right.T)[q, k],
+    )
+    score = torch.zeros(B, H, Q, K)
+    for mod in mods:
+        plain = trace_score(mod, torch.float32).evaluate(*indices(), score=score)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            traced = trace_score(mod, torch.float32)
+            assert torch.equal(traced.evaluate(*indices(), score=score), plain)
+            (table,) = pointwise(trace_score(mods[1], torch.float32)).tables([left, right])
+        assert table.dtype == torch.float32
+
+
+def test_a_frozen_mod_keeps_its_captures() -> None:
+    ids = torch.arange(K)
+    traced = trace_mask(lambda b, h, q, k: ids[q] == ids[k])
+    frozen = traced.frozen()
+    before = frozen.evaluate(*indices())
+    ids.zero_()
+    assert torch.equal(frozen.evaluate(*indices()), before)
+    assert traced.evaluate(*indices()).all() and not before.all()
 
 
 def branching(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """A score mod is traced once for what its trace depends on, and anew for what it may."""
 
 import functools
+import os
+import types
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,6 +13,7 @@ from torch import Tensor
 
 import ringflex as rf
 from ringflex.masks import trace_cache
+from ringflex.masks.trace import user_line
 from ringflex.masks.trace_cache import traced_score
 
 F32 = torch.float32
@@ -82,6 +86,42 @@ def test_globals_defaults_and_partials_count() -> None:
     assert traces_of(by_default, two, two, three) == 3
 
 
+def test_attributes_of_modules_classes_and_functions_count() -> None:
+    """Those that the code names, also through other modules, and tensors among them."""
+    config, inner = types.ModuleType("config"), types.ModuleType("inner")
+    config.factor, config.inner, inner.table = 2.0, inner, torch.ones(4)
+
+    class Model:
+        factor = 2.0
+        unused = 1.0
+
+        @staticmethod
+        def scaled(s: Tensor) -> Tensor:
+            return s * Model.factor
+
+    def by_itself(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return s * by_itself.factor  # type: ignore[attr-defined]
+
+    by_itself.factor = 2.0  # type: ignore[attr-defined]
+    mods: list[tuple[Callable[..., Tensor], Any, str, Any]] = [
+        (lambda s, b, h, q, k: s * config.factor, config, "factor", 3.0),
+        (lambda s, b, h, q, k: s * config.inner.table[k], inner, "table", torch.zeros(4)),
+        (lambda s, b, h, q, k: s * Model.factor, Model, "factor", 3.0),
+        (lambda s, b, h, q, k: Model.scaled(s), Model, "factor", 3.0),
+        (by_itself, by_itself, "factor", 3.0),
+    ]
+    index = torch.tensor([3])
+    value = lambda mod: traced_score(mod, F32).evaluate(*[index] * 4, score=torch.ones(1)).item()
+    for mod, where, name, other in mods:
+        before = value(mod)
+        assert traces_of(mod, mod) == 0
+        with mock.patch.object(where, name, other):
+            assert value(mod) != before
+    assert traces_of(mods[2][0]) == 0
+    with mock.patch.object(Model, "unused", 5.0):
+        assert traces_of(mods[2][0]) == 0
+
+
 def test_what_cannot_be_compared_is_traced_at_every_call() -> None:
     class Model:
         factor = 2.0
@@ -94,6 +134,22 @@ def test_what_cannot_be_compared_is_traced_at_every_call() -> None:
     model = Model()
     assert traces_of(model.score, model.score) == 2
     assert traces_of(by_list, by_list) == 2
+    lookup = {"factor": 2.0}.get
+    by_method_of_an_object = lambda s, b, h, q, k: s * lookup("factor")
+    assert traces_of(by_method_of_an_object, by_method_of_an_object) == 2
+    by_environment = lambda s, b, h, q, k: s * float(os.environ.get("FACTOR", 1))
+    assert traces_of(by_environment, by_environment) == 2
+
+
+def test_a_remembered_mod_still_knows_its_lines() -> None:
+    def odd(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return torch.lgamma(s.abs() + 1)  # this very line
+
+    traced_score(odd, F32)
+    mod = traced_score(odd, F32)
+    (node,) = (n for n in mod.module.graph.nodes if n.target is torch.ops.aten.lgamma.default)
+    assert "test_trace_cache.py" in user_line(mod, node)
+    assert "# this very line" in user_line(mod, node)
 
 
 def test_values_that_change_are_seen() -> None:
