@@ -36,6 +36,10 @@ def test_kernels_compile_within_their_budget() -> None:
     assert "12 configurations compiled, 0 failed" in text
 
 
+def test_generated_mods_compile() -> None:
+    assert int(run("tests/kernels/compile_mods.py")) > 60
+
+
 def test_the_budget_is_for_what_exists() -> None:
     names = run(
         "-c",
