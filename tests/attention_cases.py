@@ -241,7 +241,7 @@ def dense_mask(case: Case) -> Tensor:
 def random_documents(seq_len: int, seed: int) -> Tensor:
     """Document ids `[seq_len]`: about a dozen tokens each, some of one token."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(seq_len, generator=generator) < 0.08).cumsum(0)
+    return (torch.rand(seq_len, generator=generator, dtype=torch.float32) < 0.08).cumsum(0)
 
 
 def _document_rows(case: Case) -> Tensor:

@@ -65,7 +65,8 @@ class GraphWriter:
         tanh: str = "accurate_tanh",
     ) -> None:
         self.body, self.specs, self.kind = body, specs, kind
-        self.emitter = Emitter(tanh=tanh)
+        # A comparison may tell how often a product was rounded.
+        self.emitter = Emitter(tanh=tanh, fuses=kind != "mask_mod")
         self.values: dict[fx.Node, _Array] = {}
         self.tables: dict[fx.Node, int] = {n: i for i, n in enumerate(body.table_inputs)}
         self.first = [0, *itertools.accumulate(spec.entries for spec in specs)]

@@ -54,7 +54,10 @@ def _arithmetic(symbol: str, f: Callable[[int, int], int]) -> Rule:
         if x.is_number and y.is_number:
             return number(f(x.number, y.number), out)  # type: ignore[arg-type]
         if out.is_floating_point:
-            return e.settle(e.let(f"{x.text} {symbol} {y.text}", out, [x, y]), out)
+            text = f"{x.text} {symbol} {y.text}"
+            if symbol == "*" and not e.fuses:
+                text = f"rounded_product({as_tensor(e, x)}, {as_tensor(e, y)})"
+            return e.settle(e.let(text, out, [x, y]), out)
         return e.integer(f"{{}} {symbol} {{}}", out, [x, y], corners(f, x, y))
 
     return rule
@@ -196,6 +199,9 @@ def _where(e: Emitter, out: torch.dtype, condition: Value, x: Value, y: Value) -
 
 
 def _negative(e: Emitter, out: torch.dtype, x: Value) -> Value:
+    x = e.cast(x, out)
+    if out.is_floating_point and not x.is_number:  # 0 - x would lose the sign of a zero
+        return e.let(f"{x.text} * -1.0", out, [x])
     return _arithmetic("-", operator.sub)(e, out, number(0, out), x)
 
 

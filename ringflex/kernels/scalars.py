@@ -95,11 +95,17 @@ class Unsupported(Exception):
 
 
 class Emitter:
-    """Collects the lines of one generated function. tanh: which of `triton_math` it calls."""
+    """Collects the lines of one generated function.
 
-    def __init__(self, *, tanh: str = "accurate_tanh") -> None:
+    Attributes:
+        tanh: which function of `triton_math` to call.
+        fuses: whether a product may be fused with a following sum, which rounds once instead of
+            twice.
+    """
+
+    def __init__(self, *, tanh: str = "accurate_tanh", fuses: bool = True) -> None:
         self.lines: list[str] = []
-        self.tanh = tanh
+        self.tanh, self.fuses = tanh, fuses
         self._names = 0
         self._known: dict[str, str] = {}
 

@@ -21,6 +21,13 @@ def unchanged(score, b, h, q_idx, kv_idx, tables):
 
 
 @triton.jit
+def rounded_product(x, y):
+    """x * y, which no compiler fuses with a following sum; the sign of a zero is kept."""
+    product = x * y
+    return tl.where(product == 0, product, tl.fma(x, y, 0.0))
+
+
+@triton.jit
 def fast_tanh(x):
     """The hardware's tanh (sm_75 and later); relative error 2^-11."""
     return tl.inline_asm_elementwise(

@@ -9,9 +9,9 @@ from attention_cases import DEVICE
 from kernels.random_scores import EXTENT
 
 
-def arithmetic() -> dict[str, Callable[..., Tensor]]:
-    """Masks."""
-    at = torch.arange(EXTENT, device=DEVICE)
+def arithmetic(device: torch.device = DEVICE) -> dict[str, Callable[..., Tensor]]:
+    """Masks, with their captured tensors on a device."""
+    at = torch.arange(EXTENT, device=device)
     ids, large, byte = at // 7, (at * 100_000_000).int(), at.to(torch.uint8)
     half, double = (at * 0.1).half(), at.double()
     number = lambda value: torch.full((), value)
@@ -52,6 +52,9 @@ def arithmetic() -> dict[str, Callable[..., Tensor]]:
         "order of booleans": lambda b, h, q, k: (q > k) > (k > 3),
         "quotient to integer": lambda b, h, q, k: (q / 41 * 41).long() == q + (k > 9) * 0,
         "quotient of tensors": lambda b, h, q, k: (q / (k + 1)).long() == q // (k + 1),
+        "products are rounded": lambda b, h, q, k: q * 0.1 - q * 0.1 < k * 0.0,
+        "a product and a sum are rounded": lambda b, h, q, k: q * 0.1 + k * 0.7 < 2.1,
+        "negative zero": lambda b, h, q, k: 1 / -(q * 0.1) + 1 / (k * -0.1) < -99,
         "root to integer": lambda b, h, q, k: (q * q).sqrt().long() == q + (k > 9),
         "float remainder": lambda b, h, q, k: (q * 0.5) % 1.5 == 0.5,
         "float remainder of 0.1": lambda b, h, q, k: (q * 1.0) % 0.1 < k * 0.004,
