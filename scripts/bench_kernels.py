@@ -450,7 +450,12 @@ def main() -> None:
             print(f"host overhead, {name}: {value:.0f} us", flush=True)
     for spec in specs:
         rows = bench(spec, not arguments.no_peers)
-        record["rows"] += rows
+        measured = [asdict(spec) | {"contender": row["contender"]} for row in rows]
+        before = [r for r in record["rows"] if {k: r[k] for k in measured[0]} not in measured]
+        record["rows"] = [
+            *before,
+            *(row | {"command": len(record["commands"]) - 1} for row in rows),
+        ]
         print(table(rows).splitlines()[-1], flush=True)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
@@ -459,15 +464,16 @@ def main() -> None:
     print(f"done after {time.time() - started:.0f} s")
 
 
+def _commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or "unknown"
+
+
 def _record(arguments: argparse.Namespace) -> dict[str, Any]:
     """The output's content to be: with what it holds already if that is to be merged."""
     import triton
 
-    commit = arguments.commit
-    if not commit:
-        command = ["git", "rev-parse", "HEAD"]
-        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-        commit = found.stdout.strip() or "unknown"
     origin = {
         "machine": f"{torch.cuda.get_device_name()}, {platform.processor() or platform.machine()}",
         "versions": {
@@ -476,7 +482,6 @@ def _record(arguments: argparse.Namespace) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         },
-        "commit": commit,
     }
     record: dict[str, Any] = {
         **origin, "commands": [], "errors": [], "host_overhead_us": {}, "rows": []
@@ -485,7 +490,8 @@ def _record(arguments: argparse.Namespace) -> dict[str, Any]:
         record = json.loads(arguments.output.read_text())
         if {key: record[key] for key in origin} != origin:
             sys.exit(f"{arguments.output} was measured elsewhere: it cannot be merged with")
-    record["commands"].append(" ".join(["python", "scripts/bench_kernels.py", *sys.argv[1:]]))
+    command = " ".join(["python", "scripts/bench_kernels.py", *sys.argv[1:]])
+    record["commands"].append({"command": command, "commit": arguments.commit or _commit()})
     return record
 
 

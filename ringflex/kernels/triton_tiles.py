@@ -15,13 +15,13 @@ from ringflex.kernels.contract import Tile
 _Table = dict[str, dict[int, Tile]]  # by kernel, and head dim rounded up
 
 _SM90: _Table = {
-    "forward": {64: Tile(128, 128, 4, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
+    "forward": {64: Tile(64, 128, 4, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
     "key": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 64, 8, 2)},
     "query": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 4, 2)},
 }
 _SM90_FULL: _Table = {
     **_SM90,
-    "forward": {64: Tile(128, 128, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 2)},
+    "forward": {64: Tile(64, 128, 4, 2), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 2)},
 }
 _SM90_WITH_SCORE: _Table = {
     "forward": {64: Tile(64, 128, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(128, 64, 8, 2)},
