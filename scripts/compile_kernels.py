@@ -122,7 +122,7 @@ def launch_of(c: Configuration) -> Launch:
     ):
         out, lse = torch.zeros(1, Hq, S, c.Dv, dtype=c.dtype), torch.zeros(1, Hq, S)
         if c.kernel in ("forward", "merge"):
-            before = Partial(out.float(), lse) if c.kernel == "merge" else None
+            before = Partial(out.float(), lse.double()) if c.kernel == "merge" else None
             after = Partial(out, lse)
             triton_kernel.forward(q, k, v, block_mask, score, 0.1, before, after, options)
             return found[0]
@@ -132,7 +132,6 @@ def launch_of(c: Configuration) -> Launch:
         gradients = Gradients(
             dq=torch.zeros_like(q), dk=torch.zeros_like(k), dv=torch.zeros_like(v),
             dcaptures=[torch.zeros(Hq)] if c.mods == "captures" else [],
-            add_q=False, add_kv=False,
         )  # fmt: skip
         triton_kernel.backward(dout, q, k, v, terms, block_mask, score, 0.1, gradients, options)
     wanted = "query_kernel" if c.kernel == "query" else "key_kernel"

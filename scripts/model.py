@@ -12,12 +12,15 @@ sees `[B, L, ...]` and works slot by slot; rotary embeddings take each slot's gl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ringflex as rf
 
@@ -62,6 +65,26 @@ class ModelConfig:
         return "global" if layer % 2 else "local"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a block computes what is not attention: this decides speed and memory, not results.
+
+    Attention stays out of both. It is a fused kernel with collectives around it: nothing is gained
+    by compiling it, and recomputing it would send all K/V once more. It keeps q, k, v, out and lse.
+
+    compile: by torch.compile, a graph for each of the parts before and after attention.
+    checkpoint_activations: recompute these parts in the backward instead of keeping what they made.
+    """
+
+    compile: bool = False
+    checkpoint_activations: bool = False
+
+    def wrap(self, part: Callable[..., Any]) -> Callable[..., Any]:
+        if self.checkpoint_activations:
+            part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+        return torch.compile(part, fullgraph=True) if self.compile else part
+
+
 def rotary_angles(positions: Tensor, *, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary embeddings (Su et al. 2021, eq. 34), fp32 `[L, D / 2]` each.
 
@@ -83,8 +106,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+class RMSNorm(nn.RMSNorm):
+    """`x / rms(x) * weight` (Zhang and Sennrich 2019, eq. 4) in fp32, returned in x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.float()
+        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
 class Attention(nn.Module):
-    """Grouped-query attention with rotary embeddings, over a sequence that ranks share."""
+    """The weights of grouped-query attention with rotary embeddings, on both sides of it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -93,14 +124,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: rf.Plan) -> Tensor:
-        heads = (
-            self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        )  # [B, Hq + 2 Hkv, L, D]
-        q, k, v = heads.split(self.heads, dim=1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mixed = rf.flex_attention(q, k, v, block_mask=plan, enable_gqa=True)  # [B, Hq, L, D]
-        return self.out(mixed.transpose(1, 2).flatten(2))  # [B, L, C]
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]` of x `[B, L, C]`."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = heads.split(self.heads, dim=1)  # of [B, Hq + 2 Hkv, L, D]
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def join(self, mixed: Tensor) -> Tensor:
+        """`[B, L, C]` of the heads' results `[B, Hq, L, D]`."""
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -119,16 +151,25 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Attention, then SwiGLU, each on the normalised residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, execution: Execution) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.attention_norm = RMSNorm(config.dim, eps=1e-5)
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.mlp_norm = RMSNorm(config.dim, eps=1e-5)
         self.mlp = SwiGLU(config)
+        self._before, self._after = execution.wrap(Block.before), execution.wrap(Block.after)
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention.project(self.attention_norm(x), cos, sin)
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x + self.attention.join(mixed)
+        return x + self.mlp(self.mlp_norm(x))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: rf.Plan) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, plan)
-        return x + self.mlp(self.mlp_norm(x))
+        q, k, v = self._before(self, x, cos, sin)
+        mixed = rf.flex_attention(q, k, v, block_mask=plan, enable_gqa=True)  # [B, Hq, L, D]
+        return self._after(self, x, mixed)
 
 
 class Transformer(nn.Module):
@@ -138,12 +179,13 @@ class Transformer(nn.Module):
     are the same bits on every rank and on every kind of device.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, execution: Execution | None = None) -> None:
         super().__init__()
         self.config = config
+        execution = execution or Execution()
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.blocks = nn.ModuleList(Block(config, execution) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim, eps=1e-5)
         self.logits = nn.Linear(config.dim, config.vocab_size, bias=False)
         self._draw_weights()
 

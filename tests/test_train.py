@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from rank_pool import RankPool
 
 pytest.importorskip("matplotlib", reason="scripts/train.py draws its losses")
 pytest.importorskip("tqdm", reason="scripts/train.py shows its progress")
@@ -20,9 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import model as model_script  # noqa: E402
+import ranks as ranks_script  # noqa: E402
+import ringflex as rf  # noqa: E402
 import train as train_script  # noqa: E402
 from data import IGNORE_LABEL, PackedDocuments, standard_library_documents  # noqa: E402
-from model import ModelConfig, rotary_angles, rotate  # noqa: E402
+from model import Execution, ModelConfig, Transformer, rotary_angles, rotate  # noqa: E402
 
 DOCUMENTS = [b"abcdefgh", b"ijk", b"l", b"mnopqrstuvwxyz0123456789", b"ABCD"]  # all bytes differ
 TINY = ("--layers", "2", "--dim", "32", "--heads", "4", "--kv-heads", "2", "--window", "200")
@@ -104,8 +115,6 @@ def test_packing_refuses_bad_arguments():
 
 
 def test_documents_are_the_standard_library():
-    import dataclasses
-
     documents = standard_library_documents()
     assert Path(dataclasses.__file__).read_bytes() in documents
     assert Path(torch.__file__).read_bytes() not in documents  # lives in site-packages
@@ -138,6 +147,45 @@ def test_model_refuses_sizes_that_do_not_fit():
         ModelConfig(**{**sizes, "layers": 0})
 
 
+def saved_bytes_and_gradients(
+    model: Transformer, plan: rf.Plan, tokens: Tensor
+) -> tuple[int, list[Tensor | None]]:
+    """Bytes that autograd keeps from the forward for the backward, and what the backward makes."""
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        logits = model(tokens, torch.arange(tokens.shape[1]), {"local": plan, "global": plan})
+    logits.square().mean().backward()
+    return sum(kept.values()), [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointed_blocks_keep_less_and_compute_the_same(monkeypatch, compiled):
+    # As torch.compile does by default, but for the code that is made of the graphs.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    attention, calls = rf.flex_attention, []
+    monkeypatch.setattr(rf, "flex_attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
+    config = ModelConfig(vocab_size=256, dim=32, layers=2, heads=4, kv_heads=2)
+    models = [
+        Transformer(config, Execution(compile=compiled, checkpoint_activations=True)),
+        Transformer(config),
+    ]
+    models[0].load_state_dict(models[1].state_dict())
+    plan = rf.plan_all(rf.causal(), seq_len=256, world_size=1)[0]
+    tokens = torch.randint(0, 256, (2, 256))
+    (kept, found), (kept_plainly, wanted) = (
+        saved_bytes_and_gradients(model, plan, tokens) for model in models
+    )
+    torch.testing.assert_close(found, wanted)
+    assert len(calls) == 2 * config.layers  # attention is not recomputed
+    assert kept < 0.6 * kept_plainly
+
+
 # Settings
 
 
@@ -164,18 +212,31 @@ def test_settings_that_contradict_are_refused(monkeypatch, tmp_path):
         train_script.start(parse(["--out", str(tmp_path), "--checkpoint-every", "4"]))
 
 
+def test_the_device_decides_what_the_command_line_leaves_open():
+    names = ("fsdp", "compile", "checkpoint_activations")
+
+    def settings(device: str, *arguments: str) -> list[bool]:
+        config = train_script.parse_config([*arguments]).on(torch.device(device))
+        return [getattr(config, name) for name in names]
+
+    assert settings("cpu") == [False, False, False]
+    assert settings("cuda") == [True, True, True]
+    assert settings("cuda", "--no-compile", "--fsdp") == [True, False, True]
+    assert settings("cpu", "--fsdp", "--checkpoint-activations") == [True, False, True]
+
+
 def test_resume_refuses_other_settings_and_missing_checkpoints(tmp_path):
     config = train_script.parse_config(["--out", str(tmp_path)])
     nothing: Any = None  # refused before the model is touched
     with pytest.raises(ValueError, match="no complete checkpoint in"):
-        train_script.load_checkpoint(config, nothing, nothing)
+        train_script.load_checkpoint(config, nothing, nothing, nothing)
 
     folder = tmp_path / "checkpoints" / "step-00000004"
     folder.mkdir(parents=True)
     (folder / ".metadata").touch()
     (folder / "losses.json").write_text(json.dumps({"config": vars(config)}))
     with pytest.raises(ValueError, match=r"lr=0\.5, but .* was trained with lr=0\.003"):
-        train_script.load_checkpoint(replace(config, lr=0.5), nothing, nothing)
+        train_script.load_checkpoint(replace(config, lr=0.5), nothing, nothing, nothing)
 
 
 def test_check_judges_every_step():
@@ -187,18 +248,27 @@ def test_check_judges_every_step():
 # Whole runs
 
 
-def launch(out: Path, *arguments: str, ranks: int | None = None, fails: bool = False) -> str:
+def launch(
+    out: Path,
+    *arguments: str,
+    ranks: int | None = None,
+    fails: bool = False,
+    on_gpus: bool = False,
+) -> str:
     """Run scripts/train.py on `ranks` processes, or without a launcher; what it printed."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *(torchrun if ranks else ()), str(SCRIPTS / "train.py")]
     command += [*TINY, "--out", str(out), *arguments]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    if not on_gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env=environment,
     )
     try:
         output, _ = process.communicate(timeout=200)
@@ -242,7 +312,12 @@ def test_a_check_that_fails_exits_with_an_error(tmp_path):
 
 
 def test_plain_python_trains_in_bf16(tmp_path):
-    launch(tmp_path, "--dtype", "bf16", "--steps", "30", "--seq-len", "256", "--lr", "0.01")
+    arguments = ("--dtype", "bf16", "--steps", "30", "--seq-len", "256", "--lr", "0.01")
+    output = launch(tmp_path, *arguments)
+    assert "tokens/s" in output and "in rf.plan" in output
+    speed = result(tmp_path)["speed"]
+    assert speed["tokens_per_second"] > 0 and 0 < speed["planning_share"] < 1
+    assert speed["peak_gpu_bytes"] is None
     losses = result(tmp_path)["losses"]
     assert losses[0] == pytest.approx(5.55, abs=0.1)  # log(256): a uniform guess
     assert sum(losses[-5:]) < sum(losses[:5]) - 2.5
@@ -259,3 +334,146 @@ def test_runs_repeat_bit_for_bit_also_when_resumed(tmp_path):
     for name in ("losses", "weights_sha256"):
         assert result(parts)[name] == result(whole)[name]
     assert len(result(whole)["losses"]) == 10
+
+
+# FSDP
+
+
+FSDP = ("--fsdp", "--checkpoint-activations")
+
+
+def texts() -> list[bytes]:
+    return [Path(module.__file__).read_bytes() for module in (dataclasses, json, subprocess)]
+
+
+def trained(group: dist.ProcessGroup, documents: list[bytes], out: Path, *arguments: str) -> Any:
+    """The steps and the weights' digest of a run whose ranks, all of `group`, share sequences."""
+    config = train_script.parse_config([*TINY, "--seq-len", "300", "--out", str(out), *arguments])
+    cpu = torch.device("cpu")
+    ranks = ranks_script.Ranks(everyone=group, cp=group, dp_rank=0, dp_size=1, device=cpu)
+    source = PackedDocuments(documents, seq_len=config.seq_len, seed=config.seed)
+    run = train_script.train(config.on(cpu), ranks, source, title="test")
+    return [asdict(step) for step in run.steps], run.weights_sha256
+
+
+def trainer(pool: RankPool, out: Path) -> Callable[..., Any]:
+    documents = texts()
+
+    def train(ranks: int, *arguments: str) -> Any:
+        first, *others = pool.run(trained, ranks, documents, out, *arguments)
+        assert all(digest == first[1] for _, digest in others)
+        return first
+
+    return train
+
+
+def assert_same_course(found: list[dict], wanted: list[dict], *, rel: float) -> None:
+    assert len(found) == len(wanted)
+    # AdamW forgets the scale of a gradient, so a wrong factor would not show in the losses.
+    for name in ("loss", "grad_norm"):
+        assert [s[name] for s in found] == pytest.approx([s[name] for s in wanted], rel=rel)
+
+
+def test_fsdp_trains_and_resumes_as_one_plain_rank_would(pool, tmp_path):
+    train = trainer(pool, tmp_path)
+    plain, _ = train(1, "--steps", "8")
+    sharded, _ = train(2, "--steps", "8", *FSDP)
+    assert_same_course(sharded, plain, rel=1e-5)
+
+    _, digest = train(2, "--steps", "4", "--checkpoint-every", "4", *FSDP)
+    for ranks, options in ((1, ()), (1, FSDP), (3, FSDP)):
+        _, loaded = train(ranks, "--steps", "4", "--resume", *options)
+        assert loaded == digest
+        resumed, _ = train(ranks, "--steps", "8", "--resume", *options)
+        assert_same_course(resumed, plain, rel=1e-5)
+
+
+def test_fsdp_resumes_what_plain_ranks_wrote(pool, tmp_path):
+    train = trainer(pool, tmp_path)
+    plain, digest = train(2, "--steps", "4", "--checkpoint-every", "4")
+    steps, loaded = train(2, "--steps", "4", "--resume", *FSDP)
+    assert (steps, loaded) == (plain, digest)
+
+
+def test_fsdp_trains_in_bf16(pool, tmp_path):
+    train = trainer(pool, tmp_path)
+    exact, _ = train(1, "--steps", "6")
+    bf16 = ("--steps", "6", "--dtype", "bf16", *FSDP)
+    for ranks in (1, 2):
+        assert_same_course(train(ranks, *bf16)[0], exact, rel=0.05)
+
+
+def dtypes_and_sizes(group: dist.ProcessGroup) -> dict[str, Any]:
+    """What attention and the optimizer see of a model that FSDP shards in bf16."""
+    config = train_script.parse_config([*TINY, "--dtype", "bf16", *FSDP])
+    cpu = torch.device("cpu")
+    ranks = ranks_script.Ranks(everyone=group, cp=group, dp_rank=0, dp_size=1, device=cpu)
+    model = Transformer(config.model, config.execution)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    ranks_script.shard_weights(model, config, ranks)
+    attention, seen = rf.flex_attention, set()
+
+    def recording(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        seen.update(x.dtype for x in (q, k, v))
+        return attention(q, k, v, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_script.rf, "flex_attention", recording)
+        plan = rf.plan(rf.causal(), seq_len=256, group=group)
+        tokens = plan.shard(torch.arange(256)[None], dim=1)
+        logits = model(tokens, plan.positions, {"local": plan, "global": plan})
+        logits.mean().backward()
+    parameters = list(model.parameters())
+    return {
+        "attention": seen,
+        "logits": logits.dtype,
+        "weights": {parameter.dtype for parameter in parameters},
+        "gradients": {parameter.grad.dtype for parameter in parameters},
+        "share": sum(parameter.to_local().numel() for parameter in parameters) / total,
+    }
+
+
+def test_fsdp_shards_fp32_weights_and_computes_in_bf16(pool):
+    for found in pool.run(dtypes_and_sizes, 4):
+        assert found == {
+            "attention": {torch.bfloat16},
+            "logits": torch.float32,
+            "weights": {torch.float32},
+            "gradients": {torch.float32},
+            "share": 0.25,
+        }
+
+
+def checked(group: dist.ProcessGroup, documents: list[bytes], out: Path) -> bool:
+    """`--check` of the whole pool, two data-parallel parts."""
+    dp_size, cp_size = 2, dist.get_world_size() // 2
+    arguments = ["--check", "--dp", "2", "--batch-size", "2", "--steps", "4", "--seq-len", "600"]
+    config = train_script.parse_config([*TINY, *arguments, "--out", str(out), *FSDP])
+    mesh = init_device_mesh("cpu", (dp_size, cp_size), mesh_dim_names=("dp", "cp"))
+    ranks = ranks_script.Ranks(
+        everyone=group,
+        cp=mesh["cp"].get_group(),
+        dp_rank=mesh.get_local_rank("dp"),
+        dp_size=dp_size,
+        device=torch.device("cpu"),
+    )
+    source = PackedDocuments(documents, seq_len=config.seq_len, seed=config.seed)
+    return train_script.check(config, ranks, source)
+
+
+def test_fsdp_over_data_and_context_parallel_ranks_passes_the_check(pool, tmp_path):
+    assert all(pool.run(checked, 8, texts(), tmp_path))
+    saved = result(tmp_path)
+    assert saved["config"]["fsdp"] and (saved["dp"], saved["cp"]) == (2, 4)
+    assert saved["losses"] == pytest.approx(saved["one_rank_losses"], rel=1e-5)
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.parametrize("precision", [(), ("--dtype", "bf16", "--check-tolerance", "0.02")])
+def test_two_gpus_shard_compile_and_pass_the_check(tmp_path, precision):
+    arguments = ("--check", "--steps", "20", "--seq-len", "4096", "--dim", "128")
+    output = launch(tmp_path, *arguments, *precision, ranks=2, on_gpus=True)
+    assert "check passed: 20 steps" in output
+    saved = result(tmp_path)
+    assert all(saved["config"][name] for name in ("fsdp", "compile", "checkpoint_activations"))
+    assert saved["speed"]["peak_gpu_bytes"] > 0

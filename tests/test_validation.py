@@ -149,7 +149,7 @@ def test_scale(scale: object) -> None:
 def test_options() -> None:
     assert refused(ValueError, kernel_options={"b": 1, "a": 2}) == (
         "kernel_options has ['a', 'b']; options are deterministic, backward, approximate_tanh, "
-        "tune, tiles, tma"
+        "tune, tiles, tma, gradient_dtype"
     )
     assert refused(TypeError, kernel_options={"deterministic": 1}) == (
         "kernel_options['deterministic'] must be a bool, got 1"

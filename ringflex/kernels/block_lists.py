@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ringflex.kernels.device_arrays import to_device
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array, Runs
 
@@ -109,4 +110,4 @@ def _blocks_per_row(runs: Runs) -> Array:
 
 
 def _to(x: Array, device: torch.device) -> Tensor:
-    return torch.from_numpy(x.astype(np.int32)).to(device)
+    return to_device(x.astype(np.int32), device)

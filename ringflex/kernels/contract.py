@@ -5,16 +5,20 @@ A kernel is a module with
     forward(q, k, v, mask, score, scale, before, after, options)
     row_terms(dout, out, lse, dlse, mask, options) -> terms
     backward(dout, q, k, v, terms, mask, score, scale, gradients, options)
+    has_separate_passes(options) -> bool
 
 - `q [B, Hq, q_len, D]`, `k [B, Hkv, kv_len, D]`, `v [B, Hkv, kv_len, Dv]`: one dtype, any strides.
 - `mask`: the BlockMask over `q_len` x `kv_len`; `score`: the traced score mod, or None; `scale`.
 - `forward` attends to the K/V in hand. `before` is what was computed over other K/V (None:
   nothing; its `out` None: a result of zeros, as sinks give), `after` where the merged result goes;
-  the two may be the same tensors. A running result is in the compute dtype; an `after.out` of the
-  inputs' dtype is the last one, rounded once.
+  the two may be the same tensors. A running result is in the compute dtype, its lse in fp64, so
+  that its rounding does not add up; an `after.out` of the inputs' dtype and an lse of the compute
+  dtype are the last ones, rounded once.
 - `row_terms` turns the **global** out, lse and their gradients into what `backward` needs of each
   query, once for all steps: among it `delta = dout . out - dlse`, `[B, Hq, q_len or more]`.
 - `backward` adds this K/V's share of the gradients into `gradients`, or overwrites them.
+- `has_separate_passes`: whether it computes dQ and dK/dV apart, so that asking for one, then for
+  the other, costs no more than asking for both.
 
 A query that sees nothing has out 0, lse -inf and zero gradients; two empty results merge to an
 empty one. lse is natural log.
@@ -48,18 +52,19 @@ class Gradients:
 
     Attributes:
         dq, dk, dv: shaped like q, k, v; contiguous. Accumulators in the compute dtype, or tensors
-            of the inputs' dtype, which are written once.
+            of another, which are written once. dq, or dk and dv, may be None: not wanted.
+        before_q: the dQ so far, in the compute dtype, which dq includes; it may be dq itself.
         dcaptures: accumulators shaped like the score mod's captured tensors, fp32 or fp64; None
-            where no gradient is wanted. They are added to.
-        add_q, add_kv: add to dq (to dk and dv) instead of overwriting them.
+            where no gradient is wanted. They are added to by the call that computes dq.
+        add_kv: add to dk and dv instead of overwriting them.
     """
 
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
     dcaptures: Sequence[Tensor | None]
-    add_q: bool
-    add_kv: bool
+    before_q: Tensor | None = None
+    add_kv: bool = False
 
 
 class Tile(NamedTuple):
@@ -86,6 +91,8 @@ class KernelOptions:
         tune: measure which tiles are fastest, and keep the findings on disk. Triton only.
         tiles: "forward", "key" (dK/dV) or "query" (dQ) -> a `Tile`, instead of the table's.
         tma: False: never use tensor descriptors. Triton only.
+        gradient_dtype: in which dK/dV travel between ranks: torch.float32 or torch.bfloat16.
+            Default: that of accumulation.
     """
 
     deterministic: bool = False
@@ -94,6 +101,7 @@ class KernelOptions:
     tune: bool = False
     tiles: tuple[tuple[str, Tile], ...] = field(default=())
     tma: bool = True
+    gradient_dtype: torch.dtype | None = None
 
     @classmethod
     def of(cls, options: dict[str, Any] | None) -> KernelOptions:
@@ -117,6 +125,11 @@ class KernelOptions:
             raise ValueError(
                 "kernel_options['backward'] must be auto, one_pass or two_pass, "
                 f"got {given['backward']!r}"
+            )
+        if given.get("gradient_dtype") not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                "kernel_options['gradient_dtype'] must be torch.float32 or torch.bfloat16, "
+                f"got {given['gradient_dtype']!r}"
             )
         if given["deterministic"] and given.get("backward") == "one_pass":
             raise ValueError("the one_pass backward is not deterministic; ask for two_pass")

@@ -58,19 +58,18 @@ def forward(
     """See `contract`."""
     dtype = compute_dtype(q.dtype)
     assert after.out is not None
-    final = after.out.dtype != dtype
-    running = Partial(after.out.to(dtype) if final else after.out, after.lse)
-    assert running.out is not None
+    # These are after's own tensors if they have the right dtypes.
+    running_out, running_lse = after.out.to(dtype), after.lse.to(torch.float64)
     if before is None or before.out is None:
-        running.out.zero_()
-    elif before.out is not running.out:
-        running.out.copy_(before.out)
+        running_out.zero_()
+    elif before.out is not running_out:
+        running_out.copy_(before.out)
     if before is None:
-        running.lse.fill_(-torch.inf)
-    elif before.lse is not running.lse:
-        running.lse.copy_(before.lse)
+        running_lse.fill_(-torch.inf)
+    elif before.lse is not running_lse:
+        running_lse.copy_(before.lse)
     tiles = _Tiles(q, k, v, mask, score, scale)
-    out, lse = tiles.query_blocks(running.out), tiles.query_blocks(running.lse)
+    out, lse = tiles.query_blocks(running_out), tiles.query_blocks(running_lse)
     for chunk in tiles.chunks:
         s, _ = tiles.scores(
             chunk, tiles.read_queries(tiles.q, chunk), tiles.read_keys(tiles.k, chunk)
@@ -89,10 +88,12 @@ def forward(
         )
         for x, value in zip((out, lse), merged, strict=True):
             tiles.write_queries(x, chunk, value)
-    tiles.store(running.out, out)
-    tiles.store(running.lse, lse)
-    if final:
-        after.out.copy_(running.out)
+    tiles.store(running_out, out)
+    tiles.store(running_lse, lse)
+    if after.out is not running_out:
+        after.out.copy_(running_out)
+    if after.lse is not running_lse:
+        after.lse.copy_(running_lse)
 
 
 def row_terms(
@@ -110,6 +111,11 @@ def row_terms(
     return RowTerms(lse, delta)
 
 
+def has_separate_passes(options: KernelOptions) -> bool:
+    """See `contract`."""
+    return False
+
+
 def backward(
     dout: Tensor,
     q: Tensor,
@@ -124,8 +130,13 @@ def backward(
 ) -> None:
     """See `contract`."""
     dtype, g = compute_dtype(q.dtype), gradients
-    targets = ((g.dq, g.add_q), (g.dk, g.add_kv), (g.dv, g.add_kv))
-    dq, dk, dv = (x.to(dtype) if add else torch.zeros_like(x, dtype=dtype) for x, add in targets)
+    assert g.dq is not None and g.dk is not None and g.dv is not None
+    targets = (g.dq, g.dk, g.dv)
+    sums = (g.before_q, *((g.dk, g.dv) if g.add_kv else (None, None)))
+    dq, dk, dv = (
+        torch.zeros_like(x, dtype=dtype) if before is None else before.to(dtype)
+        for x, before in zip(targets, sums, strict=True)
+    )
     tiles = _Tiles(q, k, v, mask, score, scale)
     dout_, lse_, delta_, dq_ = (tiles.query_blocks(x) for x in (dout, *terms, dq))
     dk_, dv_ = tiles.key_blocks(dk), tiles.key_blocks(dv)
@@ -143,7 +154,7 @@ def backward(
         dq_c = tiles.read_queries(dq_, chunk)
         tiles.write_queries(dq_, chunk, dq_c + (ds @ k_c).view_as(dq_c))
         tiles.add_keys(dk_, chunk, ds.mT @ tiles.by_query(q_c))
-    for (target, _), x, blocks in zip(targets, (dq, dk, dv), (dq_, dk_, dv_), strict=True):
+    for target, x, blocks in zip(targets, (dq, dk, dv), (dq_, dk_, dv_), strict=True):
         tiles.store(x, blocks)
         if target is not x:
             target.copy_(x)
@@ -151,9 +162,9 @@ def backward(
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Merges two partial results of the same queries; two empty ones stay empty."""
-    total = torch.logaddexp(lse, part_lse)
+    total = torch.logaddexp(lse, part_lse.to(lse.dtype))
     finite = total.masked_fill(total == -torch.inf, 0)
-    mine, theirs = (lse - finite).exp(), (part_lse - finite).exp()
+    mine, theirs = ((x - finite).exp().to(out.dtype) for x in (lse, part_lse))
     return out * mine[..., None] + part * theirs[..., None], total
 
 
@@ -242,11 +253,13 @@ class _Tiles:
             x.copy_(blocks.flatten(2, 3)[:, :, : x.shape[2]])
 
     def read_queries(self, x: Tensor, chunk: Chunk) -> Tensor:
-        """`[R, X, bq, ...]` in the compute dtype."""
+        """`[R, X, bq, ...]` in the compute dtype, or in fp64 if `x` is."""
         if chunk.head is None:
-            return x[chunk.b, :, :, chunk.row].to(self.dtype)
-        kv_head, member = chunk.head // self.groups, chunk.head % self.groups
-        return x[chunk.b, kv_head, member, chunk.row][:, None, None].to(self.dtype)
+            part = x[chunk.b, :, :, chunk.row]
+        else:
+            kv_head, member = chunk.head // self.groups, chunk.head % self.groups
+            part = x[chunk.b, kv_head, member, chunk.row][:, None, None]
+        return part.to(torch.promote_types(x.dtype, self.dtype))
 
     def write_queries(self, x: Tensor, chunk: Chunk, value: Tensor) -> None:
         if chunk.head is None:

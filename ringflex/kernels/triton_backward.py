@@ -254,7 +254,7 @@ def _walk_keys(
     ]
 )  # fmt: skip
 def query_kernel(
-    q, k, v, dout, lse, delta, dq, score_tables, into, scale,
+    q, k, v, dout, lse, delta, dq, before, score_tables, into, scale,
     rows, runs, order, q_starts, kv_starts, mask_tables,
     q_len, kv_len, q_limit, kv_limit, padded_len, heads, group, blocks,
     row_stride_b, row_stride_h, kv_stride_b,
@@ -266,7 +266,7 @@ def query_kernel(
 ):  # fmt: skip
     """dQ, and the gradients of the score mod's tables. Grid and arguments as `forward_kernel`'s.
 
-    lse, delta: row terms, pointers. dq: (pointer, strides). ADD: add to it.
+    lse, delta: row terms, pointers. dq: (pointer, strides); if ADD, `before` is part of it, fp32.
     """
     program = tl.program_id(0)
     per_head = blocks * TILES_M
@@ -300,4 +300,7 @@ def query_kernel(
         False, mask_mod, score_mod, score_grad, HOW, IN_ORDER,
         BLOCK_N, TILES_N, D, D_PAD, DV, DV_PAD, TMA, PRECISION, STAGES,
     )  # fmt: skip
-    store_tile(dq, b, h, start, q_len, dq_tile * scale, D, ADD)
+    dq_tile *= scale
+    if ADD:
+        dq_tile += load_tile(before, b, h, start, q_len, BLOCK_M, D, D_PAD, False)
+    store_tile(dq, b, h, start, q_len, dq_tile, D, False)

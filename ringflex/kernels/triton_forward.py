@@ -93,7 +93,7 @@ def forward_kernel(
     """Grid: `(B * heads * blocks * TILES_M,)`; `blocks` of queries, `TILES_M` tiles in each.
 
     q, k, v: descriptors or (pointer, strides). out, before_out (fp32): (pointer, strides).
-    lse, before_lse: (pointer, encoded strides), natural log, fp32.
+    lse, before_lse: (pointer, encoded strides), natural log, fp32, or fp64 between merges.
     rows, runs, order: `BlockLists`; a mask that distinguishes batch elements or heads has its rows
     `row_stride_b`, `row_stride_h` apart. q_starts, kv_starts: `Positions`.
     """
@@ -138,7 +138,8 @@ def forward_kernel(
     if MERGE_LSE:
         old = tl.load(row_places(before_lse, b, h, row), mask=inside, other=0.0) * LOG2E
         top = tl.maximum(tl.maximum(old, part_lse), LOWEST)
-        old_weight, weight = tl.exp2(old - top), tl.exp2(part_lse - top)
+        old_weight = tl.exp2((old - top).to(tl.float32))
+        weight = tl.exp2((part_lse - top).to(tl.float32))
         total = old_weight + weight
         nothing = total == 0
         divisor = 1.0 / tl.where(nothing, 1.0, total)

@@ -67,7 +67,7 @@ def forward(
 
     key = (
         "forward", _kind(mod), score_function, out.dtype, out.stride(), before_out.stride(),
-        before_lse.stride(), merge, in_place, starts,
+        before_lse.stride(), lse.dtype, before_lse.dtype, merge, in_place, starts,
     )  # fmt: skip
 
     def arguments(tile: Tile) -> tuple[Any, ...]:
@@ -135,6 +135,11 @@ def row_terms(
     return terms
 
 
+def has_separate_passes(options: KernelOptions) -> bool:
+    """See `contract`."""
+    return options.backward != "one_pass"
+
+
 def backward(
     dout: Tensor,
     q: Tensor,
@@ -155,14 +160,17 @@ def backward(
     if options.backward == "one_pass":
         call.one_pass(wanted)
         return
-    call.keys()
+    if gradients.dk is not None:
+        call.keys()
+    if gradients.dq is None:
+        return
     if mod is None or not any(wanted):
-        call.queries(gradients.dq, gradients.add_q)
+        call.queries(gradients.dq, gradients.before_q)
     elif options.deterministic:
         call.queries_in_fixed_point(wanted)
     else:
         pairs = accumulators(mod, wanted)
-        call.queries(gradients.dq, gradients.add_q, wanted, pairs)
+        call.queries(gradients.dq, gradients.before_q, wanted, pairs)
         call.collect(wanted, [total for total, _ in pairs])
 
 
@@ -185,12 +193,14 @@ class _Backward:
         self.dout, self.q, self.k, self.v, self.gradients = dout, q, k, v, gradients
         regular = all(s > 0 and s * dout.element_size() % 16 == 0 for s in dout.stride()[:-1])
         g = gradients
-        starts = alignment(q, k, v, dout, g.dq, g.dk, g.dv)
+        targets = [g.dq, g.before_q, g.dk, g.dv]
+        starts = alignment(q, k, v, dout, *(q if x is None else x for x in targets))
         self.tma = setup.describable and dout.stride(3) == 1 and regular and not starts & 0b1111
         self.score_function = None if mod is None else mod.function()
         self.score_tables = () if mod is None else mod.arguments
         self.key = (
-            _kind(mod), self.score_function, dout.stride(), g.dq.dtype, g.dk.dtype, starts
+            _kind(mod), self.score_function, dout.stride(), starts,
+            *(None if x is None else x.dtype for x in targets),
         )  # fmt: skip
 
     def gradient_function(self, wanted: Sequence[bool]) -> Any:
@@ -219,8 +229,10 @@ class _Backward:
     ) -> None:
         """dK and dV; with `dq`, zeros of fp32, also dQ and the gradients of tables (one pass)."""
         setup, g, mask = self.setup, self.gradients, self.setup.mask
+        assert g.dk is not None and g.dv is not None
+        dk, dv = g.dk, g.dv
         key = ("keys", *self.key, dq is not None, tuple(wanted), g.add_kv)
-        target = g.dk if dq is None else dq
+        target = dk if dq is None else dq
 
         def rows_by_descriptor(tile: Tile) -> bool:
             return self.tma and tile.block_m >= 32  # 128 bytes, as shared memory is written
@@ -230,7 +242,7 @@ class _Backward:
             if rows_by_descriptor(tile):
                 rows = tuple(described(x.flatten(0, 1), 1, tile.block_m) for x in rows)
             return (
-                *self.tensors(tile), *rows, strided(target), strided(g.dk), strided(g.dv),
+                *self.tensors(tile), *rows, strided(target), strided(dk), strided(dv),
                 self.score_tables, gradient_arguments(pairs), self.scale,
             )  # fmt: skip
 
@@ -266,18 +278,19 @@ class _Backward:
     def queries(
         self,
         dq: Tensor,
-        add: bool,
+        before: Tensor | None = None,
         wanted: Sequence[bool] = (),
         pairs: Sequence[tuple[Tensor, Tensor]] = (),
         how: int = ADD.value,
     ) -> None:
-        """dQ, and the gradients of tables by `how`."""
-        setup, mask = self.setup, self.setup.mask
+        """dQ, added to what was `before`, and the gradients of tables by `how`."""
+        setup, mask, add = self.setup, self.setup.mask, before is not None
+        sum_so_far = dq if before is None else before
         key = ("queries", *self.key, tuple(wanted), add, how)
 
         def arguments(tile: Tile) -> tuple[Any, ...]:
             return (
-                *self.tensors(tile), *self.terms, strided(dq),
+                *self.tensors(tile), *self.terms, strided(dq), strided(sum_so_far),
                 self.score_tables, gradient_arguments(pairs), self.scale,
             )  # fmt: skip
 
@@ -302,7 +315,7 @@ class _Backward:
 
         ready = setup.prepared.get(key)
         if ready is None:
-            repeatable = not pairs and not add
+            repeatable = not pairs and not (add and shares(sum_so_far, dq))
             ready = setup.prepare(
                 key, "query", self.mod, prepare, arguments if repeatable else None
             )
@@ -311,10 +324,13 @@ class _Backward:
     def one_pass(self, wanted: Sequence[bool]) -> None:
         """Everything by the key kernel, with atomic additions into dQ."""
         g = self.gradients
+        assert g.dq is not None
         fits = g.dq.dtype == torch.float32
         dq = g.dq if fits else torch.empty_like(g.dq, dtype=torch.float32)
-        if not (fits and g.add_q):
+        if g.before_q is None:
             dq.zero_()
+        elif g.before_q is not dq:
+            dq.copy_(g.before_q)
         pairs = [] if self.mod is None else accumulators(self.mod, wanted)
         self.keys(dq, wanted, pairs)
         if not fits:
@@ -330,7 +346,9 @@ class _Backward:
         """
         assert self.mod is not None
         pairs = accumulators(self.mod, wanted)
-        self.queries(torch.empty_like(self.gradients.dq), False, wanted, pairs, LARGEST.value)
+        g = self.gradients
+        assert g.dq is not None
+        self.queries(torch.empty_like(g.dq), None, wanted, pairs, LARGEST.value)
         largest = torch.stack([aside.view(torch.float32)[0] for _, aside in pairs])
         _, exponent = torch.frexp(largest)
         bits = 61 - math.ceil(math.log2(max(2, self.setup.scores_visited))) - exponent
@@ -339,8 +357,7 @@ class _Backward:
             (torch.zeros_like(total, dtype=torch.int64), factors[i : i + 1])
             for i, (total, _) in enumerate(pairs)
         ]
-        g = self.gradients
-        self.queries(g.dq, g.add_q, wanted, fixed, FIXED.value)
+        self.queries(g.dq, g.before_q, wanted, fixed, FIXED.value)
         sums = [
             torch.where(finite, total.double() / factor, torch.nan).float()
             for (total, factor), finite in zip(fixed, largest.isfinite(), strict=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringflex.masks.runs import Array
+from ringflex.parallel import timeline
+from ringflex.parallel.watch import watch
 
 _RECORD = 512  # bytes that each rank contributes to an agreement
 _DIGEST = 16
@@ -62,7 +66,12 @@ class Communicator:
         head = bytes([error is not None]) + count.to_bytes(8, "little")
         record = head + digest.ljust(_DIGEST, b"\0") + text
         mine = torch.frombuffer(bytearray(record.ljust(_RECORD, b"\0")), dtype=torch.uint8)
-        records = [bytes(r.tolist()) for r in self.all_gather(mine.to(self.device))]
+        try:
+            records = [bytes(r.tolist()) for r in self.all_gather(mine.to(self.device))]
+        except RuntimeError as problem:
+            raise RuntimeError(
+                f"rank {self.rank}: another rank did not come to agree on {what}: {problem}"
+            ) from problem
         if error is not None:
             raise error
 
@@ -100,29 +109,101 @@ class Communicator:
         dist.all_reduce(x, group=self.group)
         return x
 
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """Where messages are packed and transfers wait, beside the current stream of a GPU. Its
+        small kernels go before those that wait for room on the GPU."""
+        return torch.cuda.Stream(self.device, priority=-1)
+
+    @contextmanager
+    def aside(self, ready: torch.cuda.Event | None) -> Iterator[None]:
+        """On a GPU: what is launched inside runs beside the current stream, after `ready`."""
+        if ready is None:
+            yield
+            return
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(ready)
+            yield
+
+    def ready(self) -> torch.cuda.Event | None:
+        """What the current stream has been given so far; None on a CPU, which has done it."""
+        return torch.cuda.current_stream().record_event() if self.on_gpu else None
+
     def exchange(
-        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Tensor]],
+        ready: torch.cuda.Event | None = None,
+        *,
+        name: str = "tensors",
+        step: int = 0,
     ) -> Exchange:
-        """Starts sending and receiving contiguous tensors, by peer rank within the group."""
+        """Starts sending and receiving contiguous tensors, by peer rank within the group.
+
+        Args:
+            ready: on a GPU, what must be done before; by default all that the current stream has
+                been given. What it is given from now on runs at the same time.
+            name, step: what is sent, at which step of a plan; for messages and timelines.
+        """
         ops = [dist.P2POp(dist.isend, x, group=self.group, group_peer=p) for p, x in sends]
         ops += [dist.P2POp(dist.irecv, x, group=self.group, group_peer=p) for p, x in receives]
         self.bytes_sent += sum(x.nbytes for _, x in sends)
         self.bytes_received += sum(x.nbytes for _, x in receives)
-        works = dist.batch_isend_irecv(ops) if ops else []
-        return Exchange(works, [x for _, x in (*sends, *receives)])
+        exchange = Exchange(self, sends, receives, name, step)
+        if ops:
+            with self.aside(ready or self.ready()):
+                exchange.span = timeline.begin("transfer", name, step)
+                exchange.works = dist.batch_isend_irecv(ops)
+                if self.on_gpu:
+                    exchange.follow()
+        return exchange
 
 
 class Exchange:
     """Transfers under way; keeps their buffers alive until `wait`."""
 
-    def __init__(self, works: Sequence[Any], buffers: list[Tensor]) -> None:
-        self.works, self.buffers = works, buffers
+    def __init__(
+        self,
+        comm: Communicator,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Tensor]],
+        name: str,
+        step: int,
+    ) -> None:
+        self.comm, self.what = comm, f"rank {comm.rank}, step {step}: {name}"
+        self.works: list[Any] = []
+        self.buffers = [x for _, x in (*sends, *receives)]
+        self.peers = [f"to rank {p}" for p, _ in sends] + [f"from rank {p}" for p, _ in receives]
+        self.span: timeline.Open | None = None
 
-    def wait(self) -> None:
-        """The buffers are ready for the current stream (GPU) or the program (CPU)."""
+    def __str__(self) -> str:
+        return f"{self.what} {', '.join(dict.fromkeys(self.peers))}"
+
+    def follow(self) -> None:
+        """The current stream, that of the communicator, goes on when the transfers are done."""
         for work in self.works:
             work.wait()
-        self.buffers = []
+        if self.span is not None:
+            self.span.end()
+        done = torch.cuda.current_stream().record_event()
+        watch(self.works, done, str(self), self.comm.group)
+
+    def wait(self) -> None:
+        """The buffers are ready for the current stream (GPU) or the program (CPU).
+
+        Raises:
+            RuntimeError: a transfer failed or timed out; names it and the peer.
+        """
+        for i, work in enumerate(self.works):
+            try:
+                work.wait()
+            except RuntimeError as error:
+                one_each = len(self.works) == len(self.peers)  # gloo; NCCL has one for all
+                where = f"{self.what} {self.peers[i]}" if one_each else str(self)
+                raise RuntimeError(f"{where} failed: {error}") from error
+        if self.span is not None and not self.comm.on_gpu:
+            self.span.end()
+        self.works, self.buffers = [], []
 
 
 def communicator(group: Any) -> Communicator | None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ringflex.kernels.device_arrays import to_device
 from ringflex.parallel.steps import Transfer
 
 
@@ -23,18 +24,23 @@ class Pair(NamedTuple):
     v: Tensor
 
 
-def pack(transfer: Transfer, pair: Pair, block_size: int) -> Tensor:
-    """One contiguous message of the transfer's blocks."""
-    message = new_message(transfer, pair, block_size)
+def pack(transfer: Transfer, pair: Pair, message: Tensor, block_size: int) -> None:
+    """Fills a message with the transfer's blocks; in the message's dtype."""
     for blocks, index, piece in _pieces(transfer, message, pair, block_size):
-        torch.index_select(blocks, 2, index, out=piece)
-    return message
+        if isinstance(index, slice):
+            piece.copy_(blocks[:, :, index])
+        elif _in_triton(blocks):
+            _move(blocks, index, piece, into=False, add=False)
+        else:
+            piece.copy_(blocks.index_select(2, index))
 
 
-def new_message(transfer: Transfer, like: Pair, block_size: int) -> Tensor:
+def new_message(
+    transfer: Transfer, like: Pair, block_size: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """An empty message for the transfer's blocks of tensors like `like`."""
     per_block = sum(x.shape[0] * x.shape[1] * block_size * x.shape[3] for x in like)
-    return like.k.new_empty(transfer.count * per_block // len(transfer.blocks))
+    return like.k.new_empty(transfer.count * per_block // len(transfer.blocks), dtype=dtype)
 
 
 def unpack(
@@ -53,30 +59,72 @@ def unpack(
         k_size = like.k.shape[:2].numel() * width * block_size * like.k.shape[3]
         message = messages[0]
         return Pair(message[:k_size].view(shapes[0]), message[k_size:].view(shapes[1]))
-    buffer = Pair(*(x.new_zeros(*x.shape[:2], width * block_size, x.shape[3]) for x in like))
+    groups = max((len(t.blocks) for t in transfers), default=1)
+    full = sum(t.count for t in transfers) == width * groups
+    make = torch.empty if full else torch.zeros
+    shapes = [(*x.shape[:2], width * block_size, x.shape[3]) for x in like]
+    buffer = Pair(*(make(s, dtype=like.k.dtype, device=like.k.device) for s in shapes))
     for transfer, message in zip(transfers, messages, strict=True):
-        for blocks, index, piece in _pieces(transfer, message, buffer, block_size):
-            blocks.index_copy_(2, index, piece)
+        _place(transfer, message, buffer, block_size, add=False)
     return buffer
 
 
 def add(transfer: Transfer, message: Tensor, into: Pair, block_size: int) -> None:
-    """Adds a message's blocks into `into`."""
-    for blocks, index, piece in _pieces(transfer, message, into, block_size):
-        blocks.index_add_(2, index, piece)
+    """Adds a message's blocks into `into`, in the latter's dtype."""
+    _place(transfer, message, into, block_size, add=True)
+
+
+def _place(transfer: Transfer, message: Tensor, pair: Pair, block_size: int, *, add: bool) -> None:
+    for blocks, index, piece in _pieces(transfer, message, pair, block_size):
+        if isinstance(index, slice):
+            target = blocks[:, :, index]
+            target.add_(piece) if add else target.copy_(piece)
+        elif _in_triton(blocks):
+            _move(blocks, index, piece, into=True, add=add)
+        elif add:
+            blocks.index_add_(2, index, piece.to(blocks.dtype))
+        else:
+            blocks.index_copy_(2, index, piece)
 
 
 def _pieces(
     transfer: Transfer, message: Tensor, pair: Pair, block_size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor | slice, Tensor]]:
     """Per tensor and batch element that the mask distinguishes: the tensor's blocks (a view
     `[b, Hkv, blocks, block_size, D]`), which of them the message holds, and where (a view)."""
     at = 0
     for x in pair:
         groups = x.unflatten(2, (-1, block_size)).chunk(len(transfer.blocks))
-        for blocks, chosen in zip(groups, transfer.blocks, strict=True):
+        for number, (blocks, chosen) in enumerate(zip(groups, transfer.blocks, strict=True)):
             shape = (*blocks.shape[:2], chosen.size, *blocks.shape[3:])
             size = torch.Size(shape).numel()
-            index = torch.from_numpy(chosen).to(x.device)
-            yield blocks, index, message[at : at + size].view(shape)
+            if size:
+                yield (
+                    blocks,
+                    _index(transfer, number, x.device),
+                    message[at : at + size].view(shape),
+                )
             at += size
+
+
+def _index(transfer: Transfer, group: int, device: torch.device) -> Tensor | slice:
+    """Which blocks a transfer moves; a slice if they follow one another."""
+    if (group, device) not in transfer.cache:
+        chosen = transfer.blocks[group]
+        first, last = int(chosen[0]), int(chosen[-1])
+        following = last - first + 1 == chosen.size  # they ascend
+        transfer.cache[group, device] = (
+            slice(first, last + 1) if following else to_device(chosen, device)
+        )
+    index: Tensor | slice = transfer.cache[group, device]
+    return index
+
+
+def _in_triton(blocks: Tensor) -> bool:
+    return blocks.device.type == "cuda" and blocks.stride(4) == 1
+
+
+def _move(blocks: Tensor, index: Tensor, piece: Tensor, *, into: bool, add: bool) -> None:
+    from ringflex.kernels.triton_blocks import move_blocks  # a CPU may have no Triton
+
+    move_blocks(blocks, index, piece, into=into, add=add)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ringflex.kernels.contract import compute_dtype
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array
 from ringflex.parallel.layout import Layout
@@ -66,7 +67,8 @@ class PlanStats:
             batch, kv_heads, head_dim: of the K tensor.
             v_head_dim: of the V tensor.
             dtype: of K and V.
-            backward: count the backward as well: K/V again, and dK/dV in the compute dtype.
+            backward: count the backward as well: K/V again, and dK/dV.
+            gradient_dtype: of dK/dV on their way; by default that of accumulation.
         """
         return self._bytes(self.blocks_sent, self.gradient_blocks_sent, **shape)
 
@@ -81,11 +83,12 @@ class PlanStats:
         v_head_dim: int,
         dtype: torch.dtype,
         backward: bool = False,
+        gradient_dtype: torch.dtype | None = None,
     ) -> int:
         elements = self.block_size * kv_heads * (head_dim + v_head_dim) * batch // self.batch_groups
         total = sum(kv_blocks) * dtype.itemsize * (2 if backward else 1)
         if backward:
-            total += sum(gradient_blocks) * max(4, dtype.itemsize)
+            total += sum(gradient_blocks) * (gradient_dtype or compute_dtype(dtype)).itemsize
         return total * elements
 
 

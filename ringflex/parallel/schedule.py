@@ -1,8 +1,9 @@
 """The forward and backward loops over a plan's steps. One loop serves all strategies.
 
-Step i + 1's K/V is under way while step i computes. In the backward, dK/dV go home one step
-behind K/V. Partial results are merged, and gradients added, in the order of the steps: the same
-inputs give the same bits on every run where the kernel is deterministic.
+While step i computes, step i + 1's K/V is under way; on a GPU it is posted once step i's kernel is
+launched, beside which it costs least, and what is sent is packed on the communicator's stream. In
+the backward, dK/dV go home one step behind K/V. Partial results are merged, and gradients added, in
+a fixed order: the same inputs give the same bits on every run where the kernel is deterministic.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, compute_dtype
 from ringflex.masks.trace import TracedMod
-from ringflex.parallel.comm import Exchange
+from ringflex.parallel.comm import Communicator, Exchange
 from ringflex.parallel.packing import Pair, add, new_message, pack, unpack
 from ringflex.parallel.plan import Plan
-from ringflex.parallel.steps import Step
+from ringflex.parallel.steps import Step, Transfer
+from ringflex.parallel.timeline import computing
 
 
 def forward(
@@ -36,7 +38,7 @@ def forward(
 ) -> None:
     """Attention over all K/V of the plan, merged with `before`, to `after`; see the contract.
 
-    Between steps the running result is in the compute dtype; the last step rounds it.
+    Between steps the running result has more digits; the last step rounds it.
     """
     assert after.out is not None
     left = sum(step.mask is not None for step in plan.steps)
@@ -48,13 +50,19 @@ def forward(
             after.lse.copy_(before.lse)
     running = after
     dtype = compute_dtype(q.dtype)
-    if left > 1 and after.out.dtype != dtype:
-        running = Partial(torch.empty_like(after.out, dtype=dtype), after.lse)
-    for step, held in _arrivals(plan, Pair(k, v)):
+    if left > 1:
+        out = after.out
+        running = Partial(
+            out if out.dtype == dtype else torch.empty_like(out, dtype=dtype),
+            torch.empty_like(after.lse, dtype=torch.float64),
+        )
+    arrivals = _Arrivals(plan, Pair(k, v))
+    for number, step, held in arrivals:
         if step.mask is not None:
             left -= 1
             target = running if left else after
-            kernel.forward(q, held.k, held.v, step.mask, score, scale, before, target, options)
+            with computing("forward", number):
+                kernel.forward(q, *held, step.mask, score, scale, before, target, options)
             before = target
 
 
@@ -73,90 +81,245 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the local q, k, v; adds into `dcaptures`.
 
-    With one step they have the dtype of q, otherwise that of accumulation.
+    dq has the dtype of q; so have dk and dv if there is one step, else that of accumulation.
+
+    A kernel that computes dQ and dK/dV apart does the local dQ first and the local dK/dV last:
+    beside the one the first K/V arrive, and beside the other the last dK/dV go home.
     """
     several = len(plan.steps) > 1
-    dtype = compute_dtype(q.dtype) if several else q.dtype
-
-    def new(x: Tensor, computed: bool) -> Tensor:
-        make = torch.empty if computed else torch.zeros
-        return make(x.shape, dtype=dtype, device=x.device)
-
-    started = False
-    dq = new(q, any(step.mask is not None for step in plan.steps))
-    home: Pair | None = None
+    home = _new(Pair(k, v), compute_dtype(q.dtype) if several else k.dtype)
+    filled = False  # whether home holds anything
+    apart = several and kernel.has_separate_passes(options)
+    calls = _Calls(plan, kernel, dout, q, terms, score, scale, dcaptures, options)
+    arrivals = _Arrivals(plan, Pair(k, v))
     returning: _Return | None = None
-    for step, held in _arrivals(plan, Pair(k, v)):
-        d_held = Pair(*(new(x, step.mask is not None) for x in held))
-        if step.mask is not None:
-            gradients = Gradients(
-                dq=dq, dk=d_held.k, dv=d_held.v, dcaptures=dcaptures, add_q=started, add_kv=False
-            )
-            kernel.backward(dout, q, *held, terms, step.mask, score, scale, gradients, options)
-            started = True
-        if home is None:  # the local step
-            home = d_held
+    for number, step, held in arrivals:
+        if number == 0:
+            if step.mask is not None:
+                filled = not apart
+                calls.run(0, step, held, None if apart else home, queries=True)
             continue
+        back = _Return(plan, number, step, held, options)
+        if step.mask is None:
+            back.zero()
+        else:
+            calls.run(number, step, held, back.gradients, queries=not apart)
+        back.seal()
+        arrivals.post()
+        if apart and step.mask is not None:
+            calls.run(number, step, held, None, queries=True)
         if returning is not None:
-            returning.add_into(home)
-        returning = _Return(plan, step, d_held, home)
-    assert home is not None
+            filled = returning.add_into(home, filled)
+        back.post()
+        returning = back
+    local = plan.steps[0]
+    if apart and local.mask is not None:
+        calls.run(0, local, Pair(k, v), home, queries=False, add=filled)
+        filled = True
     if returning is not None:
-        returning.add_into(home)
-    return dq, *home
+        filled = returning.add_into(home, filled)
+    if not filled:
+        _zero(home)
+    return calls.dq(), *home
 
 
-def _arrivals(plan: Plan, local: Pair) -> Iterator[tuple[Step, Pair]]:
-    """Each step with its K/V; the next step's K/V is posted before the step is handed out."""
-    held = local
-    incoming: _Incoming | None = None
-    for i, step in enumerate(plan.steps):
-        if incoming is not None:
-            held = incoming.wait()
-        if i + 1 < len(plan.steps):
-            following = plan.steps[i + 1]
-            incoming = _Incoming(plan, following, held if following.passes_on else local, local)
-        yield step, held
+class _Calls:
+    """The kernel's calls of one backward. dQ adds up from one to the next, and the last rounds."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        kernel: ModuleType,
+        dout: Tensor,
+        q: Tensor,
+        terms: Any,
+        score: TracedMod | None,
+        scale: float,
+        dcaptures: Sequence[Tensor | None],
+        options: KernelOptions,
+    ) -> None:
+        self.kernel, self.dout, self.q, self.terms = kernel, dout, q, terms
+        self.score, self.scale, self.dcaptures, self.options = score, scale, dcaptures, options
+        self.left = sum(step.mask is not None for step in plan.steps)  # calls for dQ to come
+        self.running: Tensor | None = None
+
+    def run(
+        self,
+        number: int,
+        step: Step,
+        held: Pair,
+        gradients: Pair | None,
+        *,
+        queries: bool,
+        add: bool = False,
+    ) -> None:
+        """One launch: dK/dV into `gradients` (or nothing of the kind), dQ if `queries`."""
+        assert step.mask is not None
+        before, target = self.running, None
+        if queries:
+            self.left -= 1
+            target = before
+            if not self.left or before is None:
+                dtype = compute_dtype(self.q.dtype) if self.left else self.q.dtype
+                target = torch.empty(self.q.shape, dtype=dtype, device=self.q.device)
+            self.running = target
+        wanted = Gradients(
+            dq=target,
+            before_q=before if queries else None,
+            dk=None if gradients is None else gradients.k,
+            dv=None if gradients is None else gradients.v,
+            dcaptures=self.dcaptures,
+            add_kv=add,
+        )
+        passes = "dQ, dK, dV" if queries and gradients else "dQ" if queries else "dK, dV"
+        with computing(f"backward {passes}", number):
+            self.kernel.backward(
+                self.dout, self.q, *held, self.terms, step.mask, self.score, self.scale, wanted,
+                self.options,
+            )  # fmt: skip
+
+    def dq(self) -> Tensor:
+        if self.running is None:
+            return torch.zeros(self.q.shape, dtype=self.q.dtype, device=self.q.device)
+        return self.running
+
+
+class _Arrivals:
+    """Each step's number, the step and its K/V. The next step's K/V comes meanwhile."""
+
+    def __init__(self, plan: Plan, local: Pair) -> None:
+        self.plan, self.local = plan, local
+        self.incoming: _Incoming | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Step, Pair]]:
+        held, steps = self.local, self.plan.steps
+        for number, step in enumerate(steps):
+            if self.incoming is not None:
+                held = self.incoming.wait()
+                self.incoming = None
+            if number + 1 < len(steps):
+                source = held if steps[number + 1].passes_on else self.local
+                self.incoming = _Incoming(self.plan, number + 1, source, self.local)
+            yield number, step, held
+            self.post()
+
+    def post(self) -> None:
+        """The step's first kernel is launched: the next K/V may be on its way."""
+        if self.incoming is not None:
+            self.incoming.post()
 
 
 class _Incoming:
-    """K/V of one step under way."""
+    """K/V of one step: allocated and packed at once; posted, on a GPU, when it is told."""
 
-    def __init__(self, plan: Plan, step: Step, source: Pair, like: Pair) -> None:
-        self.step, self.like, self.block_size = step, like, plan.layout.block_size
-        self.messages = [new_message(t, like, self.block_size) for t in step.receives]
-        self.exchange = _exchange(
-            plan,
-            [(t.peer, pack(t, source, self.block_size)) for t in step.sends],
-            [(t.peer, m) for t, m in zip(step.receives, self.messages, strict=True)],
-        )
+    def __init__(self, plan: Plan, number: int, source: Pair, like: Pair) -> None:
+        self.comm, self.number, self.step = _comm(plan), number, plan.steps[number]
+        self.source, self.like, self.block_size = source, like, plan.layout.block_size
+        self.messages = [new_message(t, like, self.block_size) for t in self.step.receives]
+        self.sends = [new_message(t, like, self.block_size) for t in self.step.sends]
+        self.exchange: Exchange | None = None
+        self.ready = self.comm.ready()  # before this the messages' memory may be in other use
+        with self.comm.aside(self.ready):
+            for transfer, message in zip(self.step.sends, self.sends, strict=True):
+                pack(transfer, source, message, self.block_size)
+        if self.ready is None:
+            self.post()
+
+    def post(self) -> None:
+        if self.exchange is None:
+            self.exchange = _exchange(
+                self.comm, self.step.sends, self.sends, self.step.receives, self.messages,
+                self.ready, "K/V", self.number,
+            )  # fmt: skip
 
     def wait(self) -> Pair:
+        assert self.exchange is not None
         self.exchange.wait()
         step = self.step
         return unpack(step.receives, self.messages, self.like, step.width, self.block_size)
 
 
 class _Return:
-    """dK/dV of one step on their way to the ranks that own the blocks."""
+    """dK/dV of one step, then their way to the ranks that own the blocks.
 
-    def __init__(self, plan: Plan, step: Step, gradients: Pair, like: Pair) -> None:
-        self.step, self.block_size = step, plan.layout.block_size
-        self.messages = [new_message(t, like, self.block_size) for t in step.collects]
+    Attributes:
+        gradients: where the kernel leaves them. If one message takes all, that is the message.
+    """
+
+    def __init__(
+        self, plan: Plan, number: int, step: Step, held: Pair, options: KernelOptions
+    ) -> None:
+        self.comm, self.number, self.step = _comm(plan), number, step
+        self.block_size = plan.layout.block_size
+        dtype = options.gradient_dtype or compute_dtype(held.k.dtype)
+        self.sends = [new_message(t, held, self.block_size, dtype) for t in step.returns]
+        whole = [t for t in step.returns if len(t.blocks) == 1 and t.count == step.width]
+        self.packed = len(whole) == 1
+        if self.packed:
+            self.gradients = unpack(step.returns, self.sends, held, step.width, self.block_size)
+        else:
+            self.gradients = _new(held, compute_dtype(held.k.dtype))
+        self.messages = [new_message(t, held, self.block_size, dtype) for t in step.collects]
+        self.ready: torch.cuda.Event | None = None
+        self.exchange: Exchange | None = None
+
+    def zero(self) -> None:
+        _zero(self.gradients)
+
+    def seal(self) -> None:
+        """The kernel that computes them is launched."""
+        self.ready = self.comm.ready()
+
+    def post(self) -> None:
+        if not self.packed:
+            with self.comm.aside(self.ready):
+                for transfer, message in zip(self.step.returns, self.sends, strict=True):
+                    pack(transfer, self.gradients, message, self.block_size)
         self.exchange = _exchange(
-            plan,
-            [(t.peer, pack(t, gradients, self.block_size)) for t in step.returns],
-            [(t.peer, m) for t, m in zip(step.collects, self.messages, strict=True)],
-        )
+            self.comm, self.step.returns, self.sends, self.step.collects, self.messages,
+            self.ready, "dK/dV", self.number,
+        )  # fmt: skip
 
-    def add_into(self, home: Pair) -> None:
+    def add_into(self, home: Pair, filled: bool) -> bool:
+        """Adds what came home; whether home holds anything then.
+
+        filled: whether it does already.
+        """
+        assert self.exchange is not None
         self.exchange.wait()
+        if self.messages and not filled:
+            _zero(home)
         for transfer, message in zip(self.step.collects, self.messages, strict=True):
             add(transfer, message, home, self.block_size)
+        return filled or bool(self.messages)
 
 
 def _exchange(
-    plan: Plan, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]
+    comm: Communicator,
+    to: Sequence[Transfer],
+    sends: Sequence[Tensor],
+    of: Sequence[Transfer],
+    receives: Sequence[Tensor],
+    ready: torch.cuda.Event | None,
+    name: str,
+    step: int,
 ) -> Exchange:
+    return comm.exchange(
+        [(t.peer, x) for t, x in zip(to, sends, strict=True)],
+        [(t.peer, x) for t, x in zip(of, receives, strict=True)],
+        ready, name=name, step=step,
+    )  # fmt: skip
+
+
+def _comm(plan: Plan) -> Communicator:
     assert plan.comm is not None  # validated before the first step
-    return plan.comm.exchange(sends, receives)
+    return plan.comm
+
+
+def _new(like: Pair, dtype: torch.dtype) -> Pair:
+    return Pair(*(torch.empty(x.shape, dtype=dtype, device=x.device) for x in like))
+
+
+def _zero(pair: Pair) -> None:
+    for x in pair:
+        x.zero_()

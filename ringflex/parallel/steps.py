@@ -8,7 +8,8 @@ strategies differ only in these lists; one loop runs them all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +26,12 @@ class Transfer:
         peer: rank within the group.
         blocks: for each batch element that the mask distinguishes, the positions of the blocks
             in the buffer they leave (send) or enter (receive), ascending.
+        cache: what moving them needs on the device.
     """
 
     peer: int
     blocks: tuple[Array, ...]
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def count(self) -> int:

@@ -52,7 +52,6 @@ def batch(i: int) -> None:
     terms = triton_kernel.row_terms(dout, out, lse, None, block_mask, options)
     gradients = Gradients(
         dq=make(4), dk=make(2), dv=make(2), dcaptures=[torch.zeros_like(bias)],
-        add_q=False, add_kv=False,
     )  # fmt: skip
     triton_kernel.backward(dout, q, k, v, terms, block_mask, score, 0.1, gradients, options)
 

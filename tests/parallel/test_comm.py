@@ -1,8 +1,10 @@
 """Traffic: what a plan says it sends is what is sent, counted twice."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import product
 from unittest.mock import patch
 
@@ -13,6 +15,7 @@ import torch.distributed as dist
 import ringflex as rf
 from attention_cases import LAYOUTS, STRATEGIES, Case, Problem, attend
 from rank_pool import RankPool
+from ringflex.parallel.comm import Communicator
 
 RECORD = 512  # bytes that a rank may spend on agreement in a call
 
@@ -151,17 +154,42 @@ def test_a_window_talks_to_neighbours_only(pool: RankPool) -> None:
         assert gather == {0, 1, 2, 3} - {rank}
 
 
-def planning_on_rank(group: dist.ProcessGroup, seq_len: int) -> list[int]:
+def planning_on_rank(group: dist.ProcessGroup, seq_len: int, layout: str) -> list[int]:
     with watched() as traffic:
-        rf.plan(rf.causal() & rf.sliding_window(4096), seq_len, group)
+        rf.plan(rf.causal() & rf.sliding_window(4096), seq_len, group, layout=layout)
     assert not (traffic.sent or traffic.received or traffic.others)
     return traffic.gathered
 
 
-def test_planning_is_two_small_collectives(pool: RankPool) -> None:
-    short, long = (pool.run(planning_on_rank, 4, n)[0] for n in (1 << 16, 1 << 20))
-    for gathered in (short, long):
-        assert len(gathered) == 2
-        assert gathered[0] == RECORD
-    # Needs travel as ranges: striped stretches, of all the layouts to choose from, are the most.
-    assert long[1] <= 16 * short[1] < 100_000
+@pytest.mark.parametrize("layout", ["striped", "auto"])
+def test_planning_is_a_few_small_collectives(pool: RankPool, layout: str) -> None:
+    """Agreement and needs; before these, if layouts are compared, agreement and outlines."""
+    for seq_len, most in ((1 << 16, 10_000), (1 << 20, 200_000)):
+        gathered = pool.run(planning_on_rank, 4, seq_len, layout)[0]
+        assert gathered[::2] == [RECORD] * (2 if layout == "auto" else 1)
+        assert len(gathered) == 2 * len(gathered[::2])
+        assert sum(gathered) < most
+
+
+def waiting_on_rank(group: dist.ProcessGroup, how: str) -> str | None:
+    """Rank 1 does not come; what rank 0 is told."""
+    few = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    comm = Communicator(few)
+    if dist.get_rank() == 1:
+        time.sleep(6)
+        return None
+    try:
+        if how == "exchange":
+            comm.exchange([], [(1, torch.empty(5))], name="K/V", step=3).wait()
+        else:
+            comm.agree("a plan", b"")
+    except RuntimeError as error:
+        return str(error)
+    return "it waited in vain, and says nothing"
+
+
+def test_who_waits_in_vain_says_for_what_and_whom(pool: RankPool) -> None:
+    said = pool.run(waiting_on_rank, 2, "exchange")[0]
+    assert said.startswith("rank 0, step 3: K/V from rank 1 failed: ")
+    said = pool.run(waiting_on_rank, 2, "agree")[0]
+    assert said.startswith("rank 0: another rank did not come to agree on a plan: ")

@@ -70,6 +70,11 @@ def test_unknown_name() -> None:
         rf.make_layout("spiral", 100, 2, 16)
 
 
+def test_a_balanced_layout_needs_masks() -> None:
+    with pytest.raises(ValueError, match=r"'balanced' depends on the masks: take it from plan\("):
+        rf.make_layout("balanced", 100, 2, 16)
+
+
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, None])
 @pytest.mark.parametrize("size", ["seq_len", "world_size", "block_size"])
 def test_sizes_are_positive_integers(size: str, value: object) -> None:

@@ -110,7 +110,7 @@ def test_auto_layout_is_never_slower_than_the_best_by_more_than_a_little() -> No
         case = Case(mask=mask, seq_len=2000)
         slowest = {
             layout: max(rf.plan_all(case.mask_mod(), 2000, 4, layout=layout)[0].stats.work)
-            for layout in (*LAYOUTS, "auto")
+            for layout in (*LAYOUTS, "balanced", "auto")
         }
         assert slowest["auto"] <= 1.05 * min(slowest.values())
 
@@ -124,7 +124,7 @@ def plans_on_rank(group: dist.ProcessGroup, case: Case, options: dict[str, Any])
 @pytest.mark.parametrize("world_size", [1, 3, 8])
 def test_ranks_plan_what_one_process_plans(pool: RankPool, mask: str, world_size: int) -> None:
     case = Case(mask=mask, seq_len=500)
-    for options in ({}, {"layout": "zigzag", "strategy": "direct"}):
+    for options in ({}, {"layout": "zigzag", "strategy": "direct"}, {"layout": "balanced"}):
         ranks = pool.run(plans_on_rank, world_size, case, options)
         together = rf.plan_all(case.mask_mod(), 500, world_size, B=2, H=4, block_size=16, **options)
         assert ranks == [fingerprint(plan) for plan in together]

@@ -1,0 +1,118 @@
+"""Deals chunks onto ranks: the slowest rank's work first, then what it receives. Pure: arrays in,
+owner array out, and the same numbers on every rank.
+
+Deals to start from are the simple layouts, windows of equal work peeled off the sequence, and
+whole pieces (documents) dealt by size; the best of them is improved by swapping equal runs of
+chunks between two ranks. Windows of equal length *and* work exist in any sequence: their mean over
+the remaining sequence is the target, so one is below, one above, and sliding from one to the other
+passes the target (the necklace theorem of Alon, 1987, made greedy). Peeled off a causal triangle
+they are zigzag, off a window mask contiguous stretches.
+
+Legend: W ranks, C chunks, K = layers * C columns. A layer is one mask and one of the batch
+elements that it distinguishes; column `layer * C + c` is the K/V of chunk `c` in that layer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ringflex.masks.runs import Array
+from ringflex.parallel.swaps import Deal, Problem, improve, prefix
+
+_WINDOWS = 64  # windows compared when one is peeled off
+_STEPS = 200_000_000  # columns looked at in all before the search ends: about half a second
+
+
+def balance(work: Array, need: Array, world_size: int, *, transfer: int) -> Array:
+    """The owner of each chunk, int64 `[C]`; every rank owns `C / world_size` chunks.
+
+    Args:
+        work: of each chunk's queries, int64 `[C]`; C is a multiple of `world_size`.
+        need: bool `[C, K]`: which K/V the queries of a chunk see.
+        transfer: work beyond the mean that a rank may rather have than one more chunk received,
+            while it is within the limit.
+    """
+    problem = Problem(work, need, world_size, transfer)
+    deals = [min((Deal(problem, owner) for owner in _simple(problem)), key=Deal.cost)]
+    deals.append(Deal(problem, _peeled(problem)))
+    if problem.pieces.size:
+        deals.append(Deal(problem, _dealt(problem)))
+    start = min(deals, key=Deal.cost)
+    found = start.cost(), start.owner.copy()
+    for deal in deals:
+        improve(deal, _STEPS // 8)
+    best = min(deals, key=Deal.cost)
+    improve(best, _STEPS // 2)
+    # Swaps follow a smooth measure of the cost, which may lead from an optimum to its like.
+    return best.owner if best.cost() < found[0] else found[1]
+
+
+def received(need: Array, owner: Array, world_size: int) -> Array:
+    """Chunks of K/V that each rank receives over all layers, int64 `[W]`."""
+    layers = need.shape[1] // owner.size
+    moved = np.zeros(world_size, dtype=np.int64)
+    for rank in range(world_size):
+        sees = need[owner == rank].any(axis=0)
+        moved[rank] = np.count_nonzero(sees & ~np.tile(owner == rank, layers))
+    return moved
+
+
+def _simple(problem: Problem) -> tuple[Array, Array, Array]:
+    """The contiguous, the zigzag and the striped layout."""
+    C, W, share = problem.C, problem.W, problem.share
+    chunk = np.arange(C)
+    fold = np.minimum(chunk, C - 1 - chunk) * 2 // share  # where a share is odd, ranks meet
+    order = np.argsort(fold, kind="stable")
+    fold[order] = chunk // share
+    return chunk // share, fold, chunk % W
+
+
+def _peeled(problem: Problem) -> Array:
+    """Windows of one share and equal work, one after the other, each where it is cut cheapest."""
+    owner = np.zeros(problem.C, dtype=np.int64)
+    left = np.arange(problem.C)  # not owned yet
+    for rank in range(problem.W - 1, 0, -1):
+        before = prefix(problem.need[left])
+        work = _windows(prefix(problem.work[left]), problem.share, np.arange(left.size))
+        miss = np.abs(work - int(problem.work[left].sum()) // (rank + 1))
+        slack = max((problem.limit - problem.mean) // 2, int(miss.min()))
+        starts = np.flatnonzero(miss <= slack)
+        starts = starts[:: -(-starts.size // _WINDOWS)]
+        inside = (starts[:, None] + np.arange(problem.share)) % left.size  # [windows, share]
+        mine = np.zeros((starts.size, problem.C), dtype=bool)
+        mine[np.arange(starts.size)[:, None], left[inside]] = True
+        mine = np.tile(mine, problem.layers)
+        counts = _windows(before, problem.share, starts)
+        arrives = np.count_nonzero((counts > 0) & ~mine, axis=1)
+        leaves = np.count_nonzero((before[-1] > counts) & mine, axis=1)
+        best = int(np.argmin(arrives + leaves))
+        owner[left[inside[best]]] = rank
+        left = np.delete(left, inside[best])
+    return owner
+
+
+def _dealt(problem: Problem) -> Array:
+    """Whole pieces, the heaviest first, each to the rank with the least work that has room."""
+    owner = np.zeros(problem.C, dtype=np.int64)
+    edges = np.concatenate([[0], problem.pieces, [problem.C]])
+    room, load = np.full(problem.W, problem.share), np.zeros(problem.W, dtype=np.int64)
+    weights = np.diff(problem.work_before[edges])
+    for i in np.argsort(-weights, kind="stable"):
+        start, end = int(edges[i]), int(edges[i + 1])
+        while start < end:
+            fits = np.flatnonzero(room >= end - start)
+            rank = int(fits[np.argmin(load[fits])]) if fits.size else int(np.argmax(room))
+            stop = min(end, start + int(room[rank]))
+            owner[start:stop] = rank
+            room[rank] -= stop - start
+            load[rank] += problem.work_before[stop] - problem.work_before[start]
+            start = stop
+    return owner
+
+
+def _windows(before: Array, width: int, starts: Array) -> Array:
+    """Sums of `width` rows from each start, around the end: from prefix sums `[n + 1, ...]`."""
+    n = before.shape[0] - 1
+    end = starts + width
+    around = np.where(end > n, end - n, 0)
+    return before[np.minimum(end, n)] - before[starts] + before[around]

@@ -1,0 +1,202 @@
+"""A plan in the making: its checked arguments, its masks, its layout once that is known. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from ringflex.masks.block_mask import BlockMask
+from ringflex.masks.builder import BlockMaskBuilder
+from ringflex.masks.runs import Array
+from ringflex.masks.trace import trace_mask
+from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
+from ringflex.parallel.needs import (
+    Survey,
+    balanced_layout,
+    best_layout,
+    chunk_blocks,
+    need_rows,
+    needs_of,
+)
+from ringflex.parallel.plan import Plan, stats_of
+from ringflex.parallel.steps import STRATEGIES, build_steps, received_blocks
+
+if TYPE_CHECKING:
+    from ringflex.parallel.comm import Communicator
+
+MaskFunction = Callable[..., Tensor]
+
+_CHOSEN = ("auto", "balanced")  # layouts that depend on the masks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The checked arguments of a plan, the same on every rank."""
+
+    seq_len: int
+    world_size: int
+    B: int | None
+    H: int | None
+    layout: str | Layout
+    strategy: str
+    block_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "world_size", "block_size", "B", "H"):
+            value = getattr(self, name)
+            if value is None and name in "BH":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if self.strategy not in ("auto", *STRATEGIES):
+            raise ValueError(
+                f"strategy={self.strategy!r} is not one of auto, {', '.join(STRATEGIES)}"
+            )
+        if isinstance(self.layout, Layout):
+            mine = self.sizes
+            theirs = (self.layout.seq_len, self.layout.world_size, self.layout.block_size)
+            if mine != theirs:
+                raise ValueError(
+                    f"the layout is for (seq_len, world_size, block_size) = {theirs}, "
+                    f"this plan for {mine}"
+                )
+        elif self.layout not in ("auto", *LAYOUTS, "balanced"):
+            raise ValueError(
+                f"layout={self.layout!r} is not one of auto, {', '.join(LAYOUTS)}, balanced"
+            )
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.seq_len, self.world_size, self.block_size
+
+    def known_layout(self) -> Layout | None:
+        """The layout, unless it depends on the masks."""
+        if isinstance(self.layout, Layout):
+            return self.layout
+        if self.layout not in _CHOSEN:
+            return make_layout(self.layout, *self.sizes)
+        if self.world_size > 1:
+            return None
+        alone = make_layout("contiguous", *self.sizes)
+        return alone if self.layout == "auto" else replace(alone, name="balanced")
+
+
+class Draft:
+    """The masks of a plan, on the way to it.
+
+    Attributes:
+        layout: None while it is to be chosen.
+        chunks: blocks per chunk of a survey, and blocks surveyed in all, padding included.
+        rows: the block mask of a rank's queries, per mask, by rank.
+        captured: bytes that stand for the masks and their captured values.
+    """
+
+    def __init__(self, masks: Mapping[str, MaskFunction], request: Request) -> None:
+        if not masks:
+            raise ValueError("plan() got an empty dict of masks")
+        self.request = request
+        self.layout = request.known_layout()
+        self.rows: dict[int, list[BlockMask]] = {}
+        self.builders = {
+            name: BlockMaskBuilder(
+                trace_mask(mask),
+                B=request.B,
+                H=request.H,
+                q_limit=request.seq_len,
+                kv_limit=request.seq_len,
+                block_size=(request.block_size, request.block_size),
+            )
+            for name, mask in masks.items()
+        }
+        real = -(-request.seq_len // request.block_size)
+        layers = sum(builder.B for builder in self.builders.values())
+        chunk = chunk_blocks(real, request.world_size, layers)
+        step = request.world_size * chunk
+        self.chunks = chunk, -(-real // step) * step
+        self.captured = b"".join(builder.mask.digest() for builder in self.builders.values())
+
+    def identity(self) -> tuple[str, bytes]:
+        """The request in words, and 16 bytes that also cover the masks' captured values."""
+        r = self.request
+        layout = r.layout.name if isinstance(r.layout, Layout) else r.layout
+        masks = ", ".join(f"{n}{': ' * bool(n)}{b.mask.name}" for n, b in self.builders.items())
+        what = (
+            f"plan(seq_len={r.seq_len}, B={r.B}, H={r.H}, layout={layout}, "
+            f"strategy={r.strategy}, block_size={r.block_size}, mask {masks})"
+        )
+        state = hashlib.blake2b(what.encode() + self.captured, digest_size=16)
+        if self.layout is not None:
+            state.update(self.layout.owner.tobytes())
+        return what, state.digest()
+
+    def survey(self, rank: int) -> Array:
+        """What one rank tells of its share of the masks before the layout is chosen."""
+        chunk, blocks = self.chunks
+        share = blocks // self.request.world_size
+        rows = self._build(np.arange(rank * share, (rank + 1) * share), blocks)
+        return Survey.of(rows, chunk).rows()
+
+    def choose(self, told: list[Array]) -> None:
+        """Settles the layout by the surveys of all ranks."""
+        chunk, blocks = self.chunks
+        builders = self.builders.values()
+        layers = sum(builder.B for builder in builders)
+        heads = math.lcm(*(builder.H for builder in builders))
+        survey = Survey.from_rows(np.concatenate(told), chunk, heads, layers * blocks // chunk)
+        choice = best_layout if self.request.layout == "auto" else balanced_layout
+        self.layout = choice(survey, *self.request.sizes)
+
+    def settle(self, rank: int, told: list[Array]) -> tuple[tuple[str, bytes], Array]:
+        """Chooses the layout; then what this rank tells of its rows on it."""
+        self.choose(told)
+        return self.identity(), self.needs(rank)
+
+    def needs(self, rank: int) -> Array:
+        """What one rank tells of its rows on the layout, which are kept."""
+        assert self.layout is not None
+        self.rows[rank] = self._build(self.layout.blocks_of(rank), self.layout.blocks)
+        return need_rows(self.rows[rank])
+
+    def _build(self, q_blocks: Array, blocks: int) -> list[BlockMask]:
+        """Some query blocks of each mask against the whole sequence."""
+        size = self.request.block_size
+        return [
+            builder.build(q_blocks * size, blocks, q_len=q_blocks.size * size, kv_len=blocks * size)
+            for builder in self.builders.values()
+        ]
+
+    def plans(self, rank: int, told: list[Array], comm: Communicator | None) -> dict[str, Plan]:
+        """The plans of one rank, from what all ranks told of their rows."""
+        layout, digest = self.layout, self.identity()[1].hex()
+        assert layout is not None
+        plans = {}
+        for m, (name, builder) in enumerate(self.builders.items()):
+            needed, work = needs_of(told, m, builder.B, layout.blocks)
+            strategy = self.request.strategy
+            if strategy == "auto":
+                strategy = _best_strategy(layout, needed)
+            rows = self.rows[rank][m]
+            steps = build_steps(strategy, rank, layout, needed, rows)
+            plans[name] = Plan(
+                rank=rank,
+                world_size=layout.world_size,
+                layout=layout,
+                strategy=strategy,
+                rows=rows,
+                steps=steps,
+                needed=needed,
+                stats=stats_of(layout, rank, steps, work.tolist(), builder.B),
+                identity=f"{digest} {name} {layout.name} {strategy}",
+                comm=comm,
+            )
+        return plans
+
+
+def _best_strategy(layout: Layout, needed: Array) -> str:
+    return min(STRATEGIES, key=lambda s: received_blocks(s, layout, needed).max())

@@ -1,0 +1,351 @@
+"""Times ringflex over several GPUs: ring against direct against all-gather, beside its peers.
+
+    torchrun --nproc-per-node 2 scripts/bench_parallel.py               # everything: some minutes
+    torchrun --nproc-per-node 2 scripts/bench_parallel.py --masks causal --lengths 65536 --no-peers
+    torchrun --nproc-per-node 2 scripts/bench_parallel.py --without alltoall FA2 --merge
+    torchrun --nproc-per-node 2 scripts/bench_parallel.py --trace trace.json  # and a picture of it
+
+Peers are those of parallel_peers.py. All are timed in one run, in turn, so only ratios between them
+count; before each repeat the ranks wait for each other, and the slowest rank's time counts.
+Efficiency is the time of our own one-GPU kernel on the same problem, measured on rank 0 in the
+same run, over W times the time on W GPUs. Exposed communication is the time with transfers less
+the time of the same plan without any. Every contender's out, dq, dk and dv are compared, at some
+tokens, with those of one GPU; `--check` first compares small problems in full, with an fp64
+reference. Where ranks compile at different speeds, they wait for each other over gloo; a transfer
+that takes longer than `--timeout` ends the run.
+
+Prints a table, and writes JSON (after every case) and plots to `benchmarks/results/`. TFLOP/s count
+visible pairs: 4 D a pair and head in the forward, 10 D in the backward. On CPUs (gloo, eager
+kernel, no peers, small lengths) it only shows that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ringflex as rf
+from parallel_check import check
+from parallel_measure import (
+    MASKS,
+    Contender,
+    Problem,
+    Run,
+    Sample,
+    Spec,
+    World,
+    describe,
+    inputs,
+    measure,
+    problem,
+    silent,
+)
+from parallel_peers import Peer, one_gpu_sdpa, peers, precompile
+from parallel_plots import plot_all
+from parallel_report import new_record, table
+from parallel_trace import trace
+from ringflex.parallel.layout import LAYOUTS
+from ringflex.parallel.steps import STRATEGIES
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+OURS = "ringflex"
+# Between two results that were each rounded, by dtype of the inputs.
+LARGEST_DIFFERENCE = {torch.bfloat16: 2**-6, torch.float32: 1e-5}
+_CONTROL_TIMEOUT = datetime.timedelta(minutes=20)  # while one rank compiles or computes alone
+
+
+def ours(world: World, arguments: argparse.Namespace, spec: Spec, p: Problem) -> Iterator[Peer]:
+    """ringflex by layout and strategy."""
+    for layout in arguments.layouts:
+        for strategy in arguments.strategies:
+            name = f"{OURS} {strategy}" + f", {layout}" * (layout != "auto")
+            yield name, partial(_ours, name, world, p, spec, layout, strategy, arguments.backend)
+
+
+def _ours(
+    name: str, world: World, p: Problem, spec: Spec, layout: str, strategy: str, backend: str
+) -> Contender:
+    plan = rf.plan(p.mask_mod, spec.tokens, layout=layout, strategy=strategy)
+    return Contender(
+        name=name,
+        run=_attention(plan, backend),
+        positions=plan.positions,
+        plan=plan,
+        warm=_attention(silent(plan, world), backend),
+    )
+
+
+def _attention(block_mask: Any, backend: str) -> Run:
+    return partial(rf.flex_attention, block_mask=block_mask, enable_gqa=True, backend=backend)
+
+
+def one_gpu(world: World, arguments: argparse.Namespace, spec: Spec, p: Problem) -> Any:
+    """Our one-GPU times and a sample of the results, from rank 0; None where it does not fit."""
+
+    def make() -> Any:
+        samples: list[Sample] = []
+        S = spec.tokens
+        try:
+            mask = rf.create_block_mask(p.mask_mod, None, None, S, S, device=world.device)
+            contender = Contender(name="one GPU", run=_attention(mask, arguments.backend))
+            tensors = inputs(spec, world.device, contender)
+            found = measure(
+                world.alone(), contender, tensors, arguments.seconds,
+                lambda results: samples.append(Sample.of(results)),
+            )  # fmt: skip
+        except torch.OutOfMemoryError:
+            return None
+        return {"forward": found["forward"], "both": found["both"], "sample": samples[0]}
+
+    found = world.first(make)
+    _free()
+    return found
+
+
+def bench(
+    world: World,
+    arguments: argparse.Namespace,
+    spec: Spec,
+    p: Problem,
+    one: dict[str, Any] | None,
+    make: Callable[[], Contender],
+) -> dict[str, Any]:
+    """What one contender measures: milliseconds, bytes, rates.
+
+    Raises:
+        SystemExit: ours is wrong, or did not receive the bytes that its plan tells.
+    """
+    started = time.perf_counter()
+    contender = world.together(make)
+    found: dict[str, Any] = {}
+    plan = contender.plan
+    if plan is not None:
+        found["plan_ms"] = (time.perf_counter() - started) * 1e3
+        found["strategy"], found["layout_chosen"] = plan.strategy, plan.layout.name
+    tensors = world.together(partial(inputs, spec, world.device, contender))
+    *leaves, dout = tensors
+    received = plan.comm.bytes_received if plan is not None and plan.comm is not None else 0
+
+    def inspect(results: list[Any]) -> None:
+        if one is not None:
+            found["difference"] = one["sample"].difference(world, contender, results)
+            if not found["difference"] <= LARGEST_DIFFERENCE[spec.dtype]:
+                text = f"{contender.name}, {spec}: differs from one GPU by {found['difference']}"
+                if plan is not None:
+                    raise SystemExit(text)
+                raise ValueError(text)
+        if plan is not None and plan.comm is not None:
+            found.update(_traffic(world, spec, plan, plan.comm.bytes_received - received))
+
+    with contender.context():
+        if contender.warm is not None:
+            world.together(lambda: torch.autograd.grad(contender.warm(*leaves), leaves, dout))
+        found |= measure(world, contender, tensors, arguments.seconds, inspect)
+    if plan is not None and world.size > 1:
+        mute = Contender(name="", run=_attention(silent(plan, world), arguments.backend))
+        without = measure(world, mute, tensors, arguments.seconds)
+        found |= {f"exposed_{way}": found[way] - without[way] for way in ("forward", "both")}
+    flops = p.pairs * spec.heads * spec.dim
+    for way, factor in (("forward", 4), ("both", 14)):
+        found[f"{way}_tflops"] = factor * flops / world.size / found[way] / 1e9
+        if one is not None:
+            found[f"{way}_efficiency"] = one[way] / (world.size * found[way])
+    return found
+
+
+def _traffic(world: World, spec: Spec, plan: rf.Plan, received: int) -> dict[str, Any]:
+    """Bytes of one forward + backward, as counted and as planned."""
+    s = plan.stats
+    planned = s.bytes_received(
+        batch=1,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.dim,
+        v_head_dim=spec.dim,
+        dtype=spec.dtype,
+        backward=True,
+    )
+    ranks = world.gather((received, planned, s.skipped))
+    if any(counted != promised for counted, promised, _ in ranks):
+        raise SystemExit(f"{spec}, {plan.strategy}: (bytes received, planned, ...) = {ranks}")
+    return {
+        "bytes_received": max(r[0] for r in ranks),
+        "bytes_received_by_rank": [r[0] for r in ranks],
+        "skipped": sum(r[2] for r in ranks) / len(ranks),
+        "imbalance": s.imbalance,
+    }
+
+
+def bench_case(world: World, arguments: argparse.Namespace, spec: Spec) -> Iterator[dict[str, Any]]:
+    """The rows of one problem, one by one."""
+    p = problem(spec, world.device)
+    one = one_gpu(world, arguments, spec, p)
+    kinds = list(ours(world, arguments, spec, p))
+    if arguments.peers and world.on_gpu:
+        kinds += peers(world, spec, p)
+    kinds = [(name, make) for name, make in kinds if not any(w in name for w in arguments.without)]
+    common = {
+        "mask": spec.mask, "tokens": spec.tokens, "heads": spec.heads, "kv_heads": spec.kv_heads,
+        "dim": spec.dim, "dtype": str(spec.dtype).removeprefix("torch."), "pairs": p.pairs,
+    }  # fmt: skip
+    if one is not None:
+        common |= {f"one_{way}": one[way] for way in ("forward", "both")}
+    for name, make in kinds:
+        row = {**common, "gpus": world.size, "contender": name}
+        error = None
+        try:
+            row |= bench(world, arguments, spec, p, one, make)
+        except Exception as problem_:
+            error = describe(problem_)
+        errors = [e for e in world.gather(error) if e]
+        if errors:
+            row["error"] = errors[0]
+        yield row
+        _free()
+    if arguments.peers and world.on_gpu and spec.mask in ("causal", "full"):
+
+        def alone() -> dict[str, Any]:
+            make = lambda: one_gpu_sdpa(spec.mask == "causal")
+            try:
+                return bench(world.alone(), arguments, spec, p, None, make)
+            except Exception as problem_:
+                return {"error": describe(problem_)}
+
+        row = {**common, "gpus": 1, "contender": "SDPA cuDNN, one GPU"}
+        yield row | world.first(alone)
+        _free()
+    torch.compiler.reset()
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--masks", nargs="+", default=list(MASKS), choices=MASKS)
+    parser.add_argument("--lengths", nargs="+", type=int, help="tokens of the whole sequence")
+    parser.add_argument(
+        "--strategies", nargs="+", default=["ring", "direct", "all_gather"], choices=STRATEGIES
+    )
+    parser.add_argument(
+        "--layouts", nargs="+", default=["auto"], choices=["auto", *LAYOUTS, "balanced"]
+    )
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--without", nargs="+", default=[], help="parts of the names of contenders to leave out"
+    )
+    parser.add_argument("--check", action="store_true", help="small problems against fp64, first")
+    parser.add_argument("--trace", type=Path, help="one run of the first case; a PNG beside it")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds; longer than any run")
+    parser.add_argument("--device", choices=["cuda", "cpu"])
+    parser.add_argument("--output", type=Path, default=RESULTS / "parallel.json")
+    parser.add_argument("--merge", action="store_true", help="add to what the output holds")
+    parser.add_argument("--commit", help="the commit measured, where git cannot tell")
+    arguments = parser.parse_args()
+    if arguments.device is None:
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = arguments.device == "cuda"
+    arguments.backend = "auto" if on_gpu else "eager"
+    if arguments.lengths is None:
+        arguments.lengths = [16384, 65536, 262144] if on_gpu else [1024]
+    return arguments
+
+
+def start(arguments: argparse.Namespace) -> World:
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit("start it with torchrun --nproc-per-node N scripts/bench_parallel.py")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = datetime.timedelta(seconds=arguments.timeout)
+    device = torch.device("cpu")
+    if arguments.device == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+    return World(rank=rank, size=size, device=device, control=control)
+
+
+def main() -> None:
+    arguments = parse()
+    warnings.filterwarnings("ignore")
+    started = time.time()
+    world = start(arguments)
+
+    def say(text: str) -> None:
+        if world.rank == 0:
+            print(text, flush=True)
+
+    shape = {name: getattr(arguments, name) for name in ("heads", "kv_heads", "dim")}
+    dtype = torch.bfloat16 if world.on_gpu else torch.float32
+    record = world.first(lambda: new_record(arguments))
+    if isinstance(record, str):
+        sys.exit(record)
+    specs = [
+        Spec(mask=m, tokens=s, dtype=dtype, **shape)
+        for s in arguments.lengths
+        for m in arguments.masks
+    ]
+    if world.on_gpu:
+        processes = max(1, min(8, (os.cpu_count() or 2) // world.size - 1))
+        precompile(world, specs, arguments.peers, processes, seconds=240)
+        world.gather(None)
+        say(f"compiled after {time.time() - started:.0f} s")
+    if arguments.check:
+        small = {"heads": 8, "kv_heads": 2, "dim": arguments.dim, "dtype": dtype}
+        # Not a multiple of anything: padding too.
+        some = [Spec(mask=m, tokens=world.size * 400 - 37, **small) for m in arguments.masks]
+        found = check(world, some, arguments.strategies, arguments.layouts, arguments.backend)
+        record["checks"] += [{**f, "gpus": world.size} for f in found]
+        worst = max(f["error"] for f in found)
+        say(f"checked after {time.time() - started:.0f} s: largest relative error {worst:.1e}")
+    if arguments.trace is not None:
+        name, make = next(ours(world, arguments, specs[0], problem(specs[0], world.device)))
+        title = f"{name}: {specs[0]} tokens, {world.size} ranks"
+        trace(world, specs[0], make(), title, arguments.trace)
+        _free()
+    keys = ("mask", "tokens", "heads", "kv_heads", "dim", "gpus", "contender")
+    for spec in specs:
+        for row in bench_case(world, arguments, spec):
+            if world.rank:
+                continue
+            row["command"] = len(record["commands"]) - 1
+            same = lambda other, row=row: all(other[k] == row[k] for k in keys)
+            record["rows"] = [*(r for r in record["rows"] if not same(r)), row]
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+            say(table([row]).splitlines()[-1])
+    if world.rank == 0:
+        plot_all(record["rows"], arguments.output)  # again: python scripts/parallel_plots.py JSON
+    say(f"done after {time.time() - started:.0f} s\n{table(record['rows'])}")
+    world.gather(None)
+    dist.destroy_process_group()
+    failed = [r for r in record["rows"] if r["contender"].startswith(OURS) and "error" in r]
+    if any("OutOfMemoryError" not in r["error"] for r in failed):
+        sys.exit("ringflex failed: see the rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""What bench_parallel.py measures, and how: the problems, the ranks, the clock."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import ringflex as rf
+from ringflex.parallel.comm import Communicator
+
+MASKS = ("causal", "window", "documents", "mixed", "full")
+WINDOW = 4096
+# Share of documents per range of lengths, and the ranges' upper ends: MagiAttention's benchmark.
+_SHARES = (18.6, 28.2, 24.6, 15.7, 7.3, 3.1, 1.3, 0.9, 0.4)
+_ENDS = (200, 500, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+_UNSCALED = 16384  # tokens from which on windows and documents have their true lengths
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One problem: batch 1."""
+
+    mask: str
+    tokens: int
+    heads: int
+    kv_heads: int
+    dim: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.mask}, {self.tokens:,}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The mask mod, the same Python function for all contenders, and the visible pairs a head."""
+
+    mask_mod: Any
+    pairs: int
+
+
+def problem(spec: Spec, device: torch.device) -> Problem:
+    """Below 16,384 tokens windows and documents shrink in proportion."""
+    S = spec.tokens
+    triangle = S * (S + 1) // 2
+    if spec.mask == "full":
+        return Problem(mask_mod=rf.full(), pairs=S * S)
+    if spec.mask == "causal":
+        return Problem(mask_mod=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, pairs=triangle)
+    if spec.mask == "window":
+        width = min(WINDOW, max(1, S * WINDOW // _UNSCALED))
+        return Problem(
+            mask_mod=lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < width),
+            pairs=width * (width + 1) // 2 + (S - width) * width,
+        )
+    ids = torch.repeat_interleave(torch.arange(S), _document_lengths(spec.mask, S))[:S]
+    counts = torch.bincount(ids)
+    ids = ids.to(device)
+    return Problem(
+        mask_mod=lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (ids[q_idx] == ids[kv_idx]),
+        pairs=int((counts * (counts + 1) // 2).sum()),
+    )
+
+
+def _document_lengths(mask: str, tokens: int) -> Tensor:
+    """As many lengths as tokens, the same on every rank: `documents` log-normal, mean about 3k
+    (as in bench_kernels.py); `mixed` by the table above, capped at a quarter of the total."""
+    generator = torch.Generator().manual_seed(0)
+    shrink = min(1.0, tokens / _UNSCALED)
+    if mask == "documents":
+        drawn = torch.empty(tokens).log_normal_(7.5, 1.0, generator=generator)
+        return (drawn * shrink).long() + 1
+    shares, ends = torch.tensor(_SHARES), torch.tensor((0, *_ENDS))
+    which = torch.multinomial(shares, tokens, replacement=True, generator=generator)
+    span = ends[which + 1] - ends[which]
+    drawn = ends[which] + 1 + torch.rand(tokens, generator=generator) * span
+    return (drawn * shrink).long().clamp(1, max(1, tokens // 4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The ranks, as one of them sees them.
+
+    Attributes:
+        control: a gloo group with a long timeout, for what ranks tell each other and for waiting
+            while one of them works; None: this rank by itself.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def alone(self) -> World:
+        return World(rank=0, size=1, device=self.device, control=None)
+
+    def gather(self, x: Any) -> list[Any]:
+        """Every rank's object; they wait for each other."""
+        if self.control is None:
+            return [x]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, x, group=self.control)
+        return found
+
+    def first(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes while the others wait."""
+        made = [make() if self.rank == 0 else None]
+        if self.control is not None:
+            dist.broadcast_object_list(made, src=0, group=self.control)
+        return made[0]
+
+    def together(self, make: Callable[[], Any]) -> Any:
+        """What this rank makes; raises on every rank if it fails on one. Ranks that compile at
+        different speeds wait here, as NCCL would not wait for long."""
+        made, error = None, None
+        try:
+            made = make()
+        except Exception as raised:
+            error = raised
+        errors = self.gather(None if error is None else describe(error))
+        if error is not None:
+            raise error
+        for rank, text in enumerate(errors):
+            if text is not None:
+                raise RuntimeError(f"rank {rank}: {text}")
+        return made
+
+    def align(self) -> None:
+        """All ranks have finished and start together; not to be timed."""
+        if self.control is not None:
+            dist.barrier(device_ids=[self.device.index] if self.on_gpu else None)
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def mark(self) -> Any:
+        """A point in time: on a GPU, in its stream."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) if self.on_gpu else (end - start) * 1e3
+
+
+def describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """Something to time.
+
+    Attributes:
+        run: `(q, k, v) -> out` of this rank.
+        positions: global position of each local slot; None: the whole sequence.
+        tokens_first: tensors are `[B, S, H, D]`.
+        plan: ours.
+        warm: compiles for these q, k, v, with no collective.
+        context: what to run in.
+    """
+
+    name: str
+    run: Run
+    positions: Tensor | None = None
+    tokens_first: bool = False
+    plan: rf.Plan | None = None
+    warm: Run | None = None
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def inputs(spec: Spec, device: torch.device, contender: Contender) -> tuple[Tensor, ...]:
+    """This rank's q, k, v, dout of one and the same global problem."""
+    made = []
+    heads = (spec.heads, spec.kv_heads, spec.kv_heads, spec.heads)
+    for seed, h in enumerate(heads):
+        generator = torch.Generator(device).manual_seed(seed)
+        x = torch.randn(
+            1, h, spec.tokens, spec.dim, generator=generator, device=device, dtype=spec.dtype
+        )
+        if contender.positions is not None:
+            x = x.index_select(2, contender.positions.to(device).clamp(max=spec.tokens - 1))
+        made.append(x.transpose(1, 2).contiguous() if contender.tokens_first else x)
+    return *(x.requires_grad_() for x in made[:3]), made[3]
+
+
+def measure(
+    world: World,
+    contender: Contender,
+    tensors: tuple[Tensor, ...],
+    seconds: float,
+    inspect: Callable[[list[Tensor]], None] | None = None,
+) -> dict[str, Any]:
+    """Median over repeats of the slowest rank's forward and forward + backward, milliseconds; the
+    largest rank's peak memory beyond inputs, bytes.
+
+    Args:
+        seconds: how long to repeat; at least three times, but once where that takes long.
+        inspect: is given out, dq, dk, dv of the first, untimed run.
+    """
+    *leaves, dout = tensors
+
+    def once() -> tuple[list[Any], list[Tensor]]:
+        world.align()
+        marks = [world.mark()]
+        out = contender.run(*leaves)
+        marks.append(world.mark())
+        grads = torch.autograd.grad(out, leaves, dout)
+        marks.append(world.mark())
+        return marks, [out.detach(), *grads]
+
+    def timed() -> tuple[float, float]:
+        marks, _ = once()
+        world.synchronize()
+        return world.milliseconds(*marks[:2]), world.milliseconds(marks[0], marks[2])
+
+    results = once()[1]
+    if inspect is not None:
+        inspect(results)
+    del results
+    peak = None
+    if world.on_gpu:
+        world.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    times = [timed()]
+    if world.on_gpu:
+        peak = torch.cuda.max_memory_allocated() - before
+    slowest = max(t[1] for t in world.gather(times[0])) / 1e3  # seconds
+    least = 1 if slowest > 1.5 else 3
+    times += [timed() for _ in range(min(40, max(least, int(seconds / slowest))) - 1)]
+    everybody = world.gather((times, peak))
+    forward, both = (
+        statistics.median(max(rank[i][way] for rank, _ in everybody) for i in range(len(times)))
+        for way in (0, 1)
+    )
+    peaks = [p for _, p in everybody if p is not None]
+    return {
+        "forward": forward,
+        "both": both,
+        "repeats": len(times),
+        "peak": max(peaks, default=None),
+    }
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some tokens' out, dq, dk, dv of one device, to compare with."""
+
+    positions: Tensor
+    rows: list[Tensor]  # [1, heads, sample, D], on the CPU
+
+    @staticmethod
+    def positions_of(tokens: int) -> Tensor:
+        return torch.linspace(0, tokens - 1, min(tokens, 512), dtype=torch.float64).long().unique()
+
+    @classmethod
+    def of(cls, results: list[Tensor]) -> Sample:
+        at = cls.positions_of(results[0].shape[2])
+        return cls(at, [x.index_select(2, at.to(x.device)).cpu() for x in results])
+
+    def difference(self, world: World, contender: Contender, results: list[Tensor]) -> float:
+        """Root mean square of the difference, relative; the worst of out, dq, dk, dv."""
+        assert contender.positions is not None
+        slots = torch.isin(contender.positions, self.positions).nonzero()[:, 0]
+        among = torch.searchsorted(self.positions, contender.positions[slots])
+        sums = []
+        for x, rows in zip(results, self.rows, strict=True):
+            x = x.transpose(1, 2) if contender.tokens_first else x
+            found = x.index_select(2, slots.to(x.device)).cpu().double()
+            wanted = rows[:, :, among].double()
+            sums.append([((found - wanted) ** 2).sum().item(), (wanted**2).sum().item()])
+        total = torch.tensor(world.gather(sums), dtype=torch.float64).sum(0)
+        return (total[:, 0] / total[:, 1]).sqrt().max().item()
+
+
+class SilentCommunicator(Communicator):
+    """Transfers nothing: receive buffers stay as they are. Needs no process group."""
+
+    def __init__(self, rank: int, size: int, on_gpu: bool) -> None:
+        self.rank, self.size, self.on_gpu = rank, size, on_gpu
+        self.bytes_sent = self.bytes_received = 0
+
+    def agree(
+        self, what: str, digest: bytes, error: BaseException | None = None, count: int = 0
+    ) -> list[int]:
+        if error is not None:
+            raise error
+        return [count] * self.size
+
+    def exchange(self, *args: Any, **kwargs: Any) -> Any:
+        return _Nothing()
+
+
+class _Nothing:
+    def wait(self) -> None:
+        pass
+
+
+def silent(plan: rf.Plan, world: World) -> rf.Plan:
+    """The same plan, computing the same steps without any transfer."""
+    comm = SilentCommunicator(plan.rank, plan.world_size, world.on_gpu)
+    return dataclasses.replace(plan, comm=comm)

@@ -1,0 +1,68 @@
+"""200 random cases for several GPUs, of few enough kinds that kernels compile in a minute.
+
+    PYTHONPATH=tests python tests/gpu/random_cases.py 0   # those of the first kind, simulated
+
+The ranks of that form live in one process, on one GPU. Run for every kind at once, before the real
+ranks, it compiles the same kernels.
+"""
+
+import random
+import sys
+from typing import NamedTuple
+
+import torch
+
+import ringflex as rf
+from attention_cases import LAYOUTS, STRATEGIES, Case, assert_equals_reference
+from ringflex.kernels import triton_kernel
+from simulated_ranks import run_ranks
+
+COUNT = 200
+KINDS = [  # mask, score, dtype, head dims
+    ("causal", None, torch.bfloat16, (64, 64)),
+    ("causal", "softcap", torch.float16, (64, 64)),
+    ("causal window", None, torch.float16, (128, 128)),
+    ("causal documents", None, torch.bfloat16, (128, 128)),
+    ("causal documents", "relative", torch.float16, (64, 64)),
+    ("mixed heads", "composed", torch.bfloat16, (64, 64)),
+    ("prefix rows", "by position", torch.float16, (64, 32)),
+    ("tree", None, torch.bfloat16, (80, 80)),
+]
+
+
+class RandomCase(NamedTuple):
+    case: Case
+    layout: str
+    strategy: str
+
+
+def random_cases(count: int = COUNT) -> list[RandomCase]:
+    """The same on every rank."""
+    r = random.Random(0)
+    made = []
+    for i in range(count):
+        mask, score, dtype, (D, Dv) = KINDS[i % len(KINDS)]
+        Hkv = r.choice([1, 2])
+        case = Case(
+            mask=mask, score=score, dtype=dtype, D=D, Dv=Dv, Hkv=Hkv, Hq=Hkv * r.choice([1, 2, 4]),
+            B=r.choice([1, 2]), seq_len=r.randint(1, 600), block_size=64,
+            bshd=r.random() < 0.3, sinks=False, seed=i,
+        )  # fmt: skip
+        made.append(RandomCase(case, r.choice(LAYOUTS), r.choice(STRATEGIES)))
+    return made
+
+
+def simulate(kind: int) -> None:
+    for case, layout, strategy in random_cases()[kind :: len(KINDS)]:
+        p = case.build(device=torch.device("cuda"))
+        plans = rf.plan_all(
+            p.mask, case.seq_len, 2, B=case.B, H=case.Hq,
+            layout=layout, strategy=strategy, block_size=case.block_size,
+        )  # fmt: skip
+        found = run_ranks(plans, triton_kernel, p.q, p.k, p.v, p.dout, p.score, late=True)
+        assert_equals_reference(case, found, f"{layout} {strategy}")
+    print(f"simulated ranks agree with fp64: {KINDS[kind]}", flush=True)
+
+
+if __name__ == "__main__":
+    simulate(int(sys.argv[1]))

@@ -1,0 +1,128 @@
+"""Many ranks, simulated in one process: the error does not grow with their number."""
+
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+import ringflex as rf
+from attention_cases import (
+    DEVICE,
+    FP64_RELATIVE,
+    LAYOUTS,
+    STRATEGIES,
+    Case,
+    assert_within,
+    deviation,
+    fp64_tolerance,
+    reference,
+    tensors,
+)
+from ringflex.kernels import eager, triton_kernel
+from ringflex.kernels.contract import KernelOptions
+from ringflex.reference import Reference, reference_attention_with_gradients
+from simulated_ranks import run_ranks
+
+NATIVE = DEVICE.type == "cuda"
+KERNELS = {"eager": eager, "triton": triton_kernel}
+
+
+def simulate(
+    case: Case,
+    world_size: int,
+    kernel: ModuleType = eager,
+    layout: str = "zigzag",
+    strategy: str = "ring",
+    late: bool = False,
+    options: KernelOptions | None = None,
+) -> Reference:
+    p = case.build(device=DEVICE)
+    plans = rf.plan_all(
+        p.mask, case.seq_len, world_size, B=case.B, H=case.Hq,
+        layout=layout, strategy=strategy, block_size=case.block_size,
+    )  # fmt: skip
+    return run_ranks(plans, kernel, p.q, p.k, p.v, p.dout, p.score, late=late, options=options)
+
+
+def without_sinks(found: Reference) -> dict[str, Tensor]:
+    return {name: x for name, x in tensors(found).items() if name != "dsinks"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("world_size", [2, 5, 16])
+def test_simulated_ranks_are_exact(layout: str, strategy: str, world_size: int) -> None:
+    """In fp64, and posting as late as a GPU does: what was packed is what is sent."""
+    case = Case(mask="document rows", score="relative", seq_len=150)
+    found = without_sinks(simulate(case, world_size, layout=layout, strategy=strategy, late=True))
+    exact = tensors(reference(case))
+    assert_within(
+        {name: deviation(x, exact[name]) for name, x in found.items()}, fp64_tolerance(case)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_error_does_not_grow_with_ranks(dtype: torch.dtype) -> None:
+    """Root mean square against fp64, of eager and natively of Triton: at most 1.2 times that of
+    one rank."""
+    kernel = triton_kernel if NATIVE and dtype == torch.bfloat16 else eager
+    case = Case(
+        mask="causal", seq_len=1024, B=1, Hq=4, Hkv=2, D=32, Dv=32, block_size=16, dtype=dtype
+    )
+    p = case.build(device=DEVICE)
+    exact = reference_attention_with_gradients(
+        *(x.double() for x in (p.q, p.k, p.v, p.dout)), mask_mod=p.mask
+    )
+
+    def errors(world_size: int, layout: str, strategy: str) -> list[float]:
+        found = simulate(case, world_size, kernel, layout, strategy)
+        return [
+            float((x.double() - want).square().mean().sqrt())
+            for x, want in zip(found[:5], exact[:5], strict=True)
+        ]
+
+    alone = errors(1, "contiguous", "direct")
+    for world_size in (8, 16, 32):
+        for layout, strategy in zip(LAYOUTS, STRATEGIES, strict=False):
+            for one, many in zip(alone, errors(world_size, layout, strategy), strict=True):
+                assert many <= 1.2 * one, (world_size, layout, strategy, many / one)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options", [{}, {"backward": "one_pass"}, {"deterministic": True}], ids=str
+)
+def test_triton_with_its_passes_apart(options: dict[str, object], world_size: int) -> None:
+    """The local dQ first, the local dK/dV last; dQ rounded by the last of its passes."""
+    case = Case(
+        mask="causal documents", score="alibi", seq_len=90, B=1, Hq=2, Hkv=1, D=16, Dv=16,
+        block_size=16, dtype=torch.float16 if NATIVE else torch.float32,
+    )  # fmt: skip
+    found = simulate(
+        case, world_size, triton_kernel, late=True, options=KernelOptions.of(dict(options))
+    )
+    exact = reference(case)
+    for name, x in without_sinks(found).items():
+        want = tensors(exact)[name]
+        scale = float(want.abs().masked_fill(want.isinf(), 0).max())
+        assert deviation(x, want) <= (5e-3 if NATIVE else 1e-5) * max(1.0, scale), name
+
+
+def test_gradients_may_travel_in_bf16() -> None:
+    case = Case(mask="causal", seq_len=128, B=1, dtype=torch.float32)
+    plain = simulate(case, 4)
+    narrow = simulate(case, 4, options=KernelOptions.of({"gradient_dtype": torch.bfloat16}))
+    assert torch.equal(plain.out, narrow.out) and torch.equal(plain.dq, narrow.dq)
+    for a, b in ((plain.dk, narrow.dk), (plain.dv, narrow.dv)):
+        assert not torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=0, atol=3 * 2**-9 * float(a.abs().max()))
+
+
+def test_the_same_bits_every_time() -> None:
+    case = replace(Case(mask="causal", seq_len=200), dtype=torch.float32)
+    first, second = (simulate(case, 5) for _ in range(2))
+    for name, x in without_sinks(first).items():
+        assert torch.equal(x, tensors(second)[name]), name
+    assert FP64_RELATIVE < 1e-6
