@@ -93,6 +93,7 @@ def run_ranks(
     dout: Tensor,
     score_mod: Callable[..., Tensor] | None = None,
     *,
+    sinks: Tensor | None = None,
     late: bool = False,
     options: KernelOptions | None = None,
 ) -> Reference:
@@ -114,7 +115,7 @@ def run_ranks(
             comm: Any = SimulatedCommunicator(network, rank, size, late=late)
             plan = replace(plans[rank], comm=comm)
             local = [plan.shard(x, 2) for x in (q, k, v, dout)]
-            parts[rank] = _attend(plan, kernel, *local, score, options)
+            parts[rank] = _attend(plan, kernel, *local, score, sinks, options)
             kinds = {"backward": True, "gradient_dtype": options.gradient_dtype}
             shape: dict[str, Any] = {
                 "batch": q.shape[0], "kv_heads": k.shape[1], "head_dim": k.shape[3],
@@ -148,6 +149,7 @@ def _attend(
     v: Tensor,
     dout: Tensor,
     score: Any,
+    sinks: Tensor | None,
     options: KernelOptions,
 ) -> tuple[Any, ...]:
     scale = q.shape[3] ** -0.5
@@ -156,8 +158,11 @@ def _attend(
     with torch.no_grad():
         out = q.new_empty(*q.shape[:3], v.shape[3])
         lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+        before = (
+            None if sinks is None else Partial(None, sinks.to(lse)[None, :, None].expand_as(lse))
+        )
         after = Partial(out, lse)
-        schedule.forward(plan, kernel, q, k, v, score, scale, None, after, options)
+        schedule.forward(plan, kernel, q, k, v, score, scale, before, after, options)
         terms = kernel.row_terms(dout, out, lse, None, plan.rows, options)
         dq, dk, dv = schedule.backward(
             plan, kernel, dout, q, k, v, terms, score, scale, dcaptures, options

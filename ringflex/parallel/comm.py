@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -109,20 +109,15 @@ class Communicator:
         dist.all_reduce(x, group=self.group)
         return x
 
-    @cached_property
-    def stream(self) -> torch.cuda.Stream:
-        """Where messages are packed and transfers wait, beside the current stream of a GPU. Its
-        small kernels go before those that wait for room on the GPU."""
-        return torch.cuda.Stream(self.device, priority=-1)
-
     @contextmanager
     def aside(self, ready: torch.cuda.Event | None) -> Iterator[None]:
         """On a GPU: what is launched inside runs beside the current stream, after `ready`."""
         if ready is None:
             yield
             return
-        with torch.cuda.stream(self.stream):
-            self.stream.wait_event(ready)
+        stream = _side_stream(torch.cuda.current_device())
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
             yield
 
     def ready(self) -> torch.cuda.Event | None:
@@ -157,6 +152,13 @@ class Communicator:
                 if self.on_gpu:
                     exchange.follow()
         return exchange
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """Where messages are packed and transfers wait. Its small kernels go before those that wait for
+    room on the GPU. One for all groups: memory that it was given stays with it."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class Exchange:

@@ -161,6 +161,13 @@ def test_a_thousand_tokens(pool: RankPool, mask: str, world_size: int) -> None:
     check(pool, world_size, case, three(world_size))
 
 
+@pytest.mark.parametrize("world_size", [2, 8])
+@pytest.mark.parametrize("mask", ["causal documents", "document rows", "opposite", "nothing"])
+def test_the_balanced_layout(pool: RankPool, mask: str, world_size: int) -> None:
+    case = Case(mask=mask, score="by position", seq_len=300)
+    check(pool, world_size, case, [("balanced", strategy) for strategy in STRATEGIES])
+
+
 def test_4099_tokens_on_three_ranks(pool: RankPool) -> None:
     case = Case(mask="causal window", score="alibi", seq_len=4099, B=1, Hq=1, Hkv=1, block_size=64)
     check(pool, 3, case, three(0))
