@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -33,6 +34,7 @@ from triton.runtime.jit import create_function_from_signature
 import ringflex as rf
 from ringflex.kernels import triton_kernel, triton_setup
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
+from ringflex.kernels.stages import Stage
 from ringflex.kernels.triton_launch import Prepared
 from ringflex.kernels.triton_tiles import Architecture
 from ringflex.masks.trace import trace_score
@@ -52,7 +54,8 @@ class Configuration:
     """What is compiled: a kind of launch, for one target.
 
     Attributes:
-        kernel: forward, merge (the forward of a later step), key, query, one_pass, row_terms.
+        kernel: forward, merge (with a result before), key, query, one_pass, row_terms; staged and
+            staged_query: the forward and dQ of one step of several.
         mods: "none" (a causal mask), "score" (softcap), "captures" (documents and ALiBi with
             gradients).
     """
@@ -88,6 +91,9 @@ def configurations() -> Iterator[Configuration]:
                     yield replace(base, target=target, kernel=kernel, D=D, Dv=Dv, mods=mods)
         for kernel in ("merge", "one_pass", "row_terms"):
             yield replace(base, target=target, kernel=kernel, mods="none")
+        for D in (64, 128, 256):
+            for kernel in ("staged", "staged_query"):
+                yield replace(base, target=target, kernel=kernel, D=D, Dv=D)
         for kernel in ("forward", "key", "query"):
             yield replace(base, target=target, kernel=kernel, dtype=torch.float16)
             for D in (64, 128, 256):
@@ -121,10 +127,16 @@ def launch_of(c: Configuration) -> Launch:
         mock.patch.object(triton_setup, "architecture", where),
     ):
         out, lse = torch.zeros(1, Hq, S, c.Dv, dtype=c.dtype), torch.zeros(1, Hq, S)
-        if c.kernel in ("forward", "merge"):
-            before = Partial(out.float(), lse.double()) if c.kernel == "merge" else None
-            after = Partial(out, lse)
-            triton_kernel.forward(q, k, v, block_mask, score, 0.1, before, after, options)
+        stage = None
+        if c.kernel.startswith("staged"):
+            turns = np.ones((1, 1, block_mask.q_blocks), dtype=np.int32)
+            stage = Stage(turns=turns, block_size=block_mask.block_size[0])
+        if c.kernel in ("forward", "merge", "staged"):
+            earlier = Partial(out.float(), lse.double())
+            before = earlier if c.kernel == "merge" else None
+            triton_kernel.forward(
+                q, k, v, block_mask, score, 0.1, before, Partial(out, lse), options, stage, earlier
+            )
             return found[0]
         terms = triton_kernel.row_terms(dout, out, lse, None, block_mask, options)
         if c.kernel == "row_terms":
@@ -132,9 +144,10 @@ def launch_of(c: Configuration) -> Launch:
         gradients = Gradients(
             dq=torch.zeros_like(q), dk=torch.zeros_like(k), dv=torch.zeros_like(v),
             dcaptures=[torch.zeros(Hq)] if c.mods == "captures" else [],
+            stage=stage, running_q=None if stage is None else q.float(),
         )  # fmt: skip
         triton_kernel.backward(dout, q, k, v, terms, block_mask, score, 0.1, gradients, options)
-    wanted = "query_kernel" if c.kernel == "query" else "key_kernel"
+    wanted = "query_kernel" if c.kernel.endswith("query") else "key_kernel"
     return next(launch for launch in found if launch.kernel.__name__ == wanted)
 
 

@@ -2,7 +2,7 @@
 
 A kernel is a module with
 
-    forward(q, k, v, mask, score, scale, before, after, options)
+    forward(q, k, v, mask, score, scale, before, after, options, stage, running)
     row_terms(dout, out, lse, dlse, mask, options) -> terms
     backward(dout, q, k, v, terms, mask, score, scale, gradients, options)
     has_separate_passes(options) -> bool
@@ -11,9 +11,11 @@ A kernel is a module with
 - `mask`: the BlockMask over `q_len` x `kv_len`; `score`: the traced score mod, or None; `scale`.
 - `forward` attends to the K/V in hand. `before` is what was computed over other K/V (None:
   nothing; its `out` None: a result of zeros, as sinks give), `after` where the merged result goes;
-  the two may be the same tensors. A running result is in the compute dtype, its lse in fp64, so
-  that its rounding does not add up; an `after.out` of the inputs' dtype and an lse of the compute
-  dtype are the last ones, rounded once.
+  the two may be the same tensors.
+- Where K/V arrives in steps, `stage` says which queries begin with this one and merge with
+  `before`, and which end with it and go to `after`; in between a result is in `running`: out in the
+  compute dtype, lse in fp64, so that its rounding does not add up. What is in `after` is rounded
+  once.
 - `row_terms` turns the **global** out, lse and their gradients into what `backward` needs of each
   query, once for all steps: among it `delta = dout . out - dlse`, `[B, Hq, q_len or more]`.
 - `backward` adds this K/V's share of the gradients into `gradients`, or overwrites them.
@@ -32,6 +34,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ringflex.kernels.stages import Stage
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,18 +57,19 @@ class Gradients:
     Attributes:
         dq, dk, dv: shaped like q, k, v; contiguous. Accumulators in the compute dtype, or tensors
             of another, which are written once. dq, or dk and dv, may be None: not wanted.
-        before_q: the dQ so far, in the compute dtype, which dq includes; it may be dq itself.
         dcaptures: accumulators shaped like the score mod's captured tensors, fp32 or fp64; None
             where no gradient is wanted. They are added to by the call that computes dq.
         add_kv: add to dk and dv instead of overwriting them.
+        stage, running_q: as in `forward`, for dq; running_q is in the compute dtype.
     """
 
     dq: Tensor | None
     dk: Tensor | None
     dv: Tensor | None
     dcaptures: Sequence[Tensor | None]
-    before_q: Tensor | None = None
     add_kv: bool = False
+    stage: Stage | None = None
+    running_q: Tensor | None = None
 
 
 class Tile(NamedTuple):

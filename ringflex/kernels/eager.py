@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, compute_dtype
+from ringflex.kernels.stages import Stage
 from ringflex.kernels.tiles import Chunk, chunks_of
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.trace import TracedMod
@@ -54,8 +55,32 @@ def forward(
     before: Partial | None,
     after: Partial,
     options: KernelOptions,
+    stage: Stage | None = None,
+    running: Partial | None = None,
 ) -> None:
     """See `contract`."""
+    if stage is None:
+        _forward(q, k, v, mask, score, scale, before, after)
+        return
+    assert running is not None and running.out is not None and after.out is not None
+    assert before is None or before.out is None
+    stage.begin(running.out, 0.0)
+    stage.begin(running.lse, -torch.inf if before is None else before.lse)
+    _forward(q, k, v, mask, score, scale, running, running)
+    stage.end(running.out, after.out)
+    stage.end(running.lse, after.lse)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    score: TracedMod | None,
+    scale: float,
+    before: Partial | None,
+    after: Partial,
+) -> None:
     dtype = compute_dtype(q.dtype)
     assert after.out is not None
     # These are after's own tensors if they have the right dtypes.
@@ -131,8 +156,11 @@ def backward(
     """See `contract`."""
     dtype, g = compute_dtype(q.dtype), gradients
     assert g.dq is not None and g.dk is not None and g.dv is not None
-    targets = (g.dq, g.dk, g.dv)
-    sums = (g.before_q, *((g.dk, g.dv) if g.add_kv else (None, None)))
+    if g.stage is not None:
+        assert g.running_q is not None
+        g.stage.begin(g.running_q, 0.0)
+    targets = (g.dq if g.running_q is None else g.running_q, g.dk, g.dv)
+    sums = (g.running_q, *((g.dk, g.dv) if g.add_kv else (None, None)))
     dq, dk, dv = (
         torch.zeros_like(x, dtype=dtype) if before is None else before.to(dtype)
         for x, before in zip(targets, sums, strict=True)
@@ -158,6 +186,8 @@ def backward(
         tiles.store(x, blocks)
         if target is not x:
             target.copy_(x)
+    if g.stage is not None and g.running_q is not None:
+        g.stage.end(g.running_q, g.dq)
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 
 from ringflex.kernels.triton_common import (
+    BEGINS,
+    ENDS,
     LOG2E,
     first_tile,
     following_tile,
@@ -254,19 +256,20 @@ def _walk_keys(
     ]
 )  # fmt: skip
 def query_kernel(
-    q, k, v, dout, lse, delta, dq, before, score_tables, into, scale,
-    rows, runs, order, q_starts, kv_starts, mask_tables,
+    q, k, v, dout, lse, delta, dq, running, score_tables, into, scale,
+    rows, runs, order, turns, q_starts, kv_starts, mask_tables,
     q_len, kv_len, q_limit, kv_limit, padded_len, heads, group, blocks,
     row_stride_b, row_stride_h, kv_stride_b,
     mask_mod: tl.constexpr, score_mod: tl.constexpr, score_grad: tl.constexpr, HOW: tl.constexpr,
-    PARTIAL: tl.constexpr, IN_ORDER: tl.constexpr, ADD: tl.constexpr,
+    PARTIAL: tl.constexpr, IN_ORDER: tl.constexpr, STAGED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_M: tl.constexpr, TILES_N: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ, and the gradients of the score mod's tables. Grid and arguments as `forward_kernel`'s.
 
-    lse, delta: row terms, pointers. dq: (pointer, strides); if ADD, `before` is part of it, fp32.
+    lse, delta: row terms, pointers. dq: (pointer, strides). STAGED: turns tells where each block
+    begins and ends; in between, dQ is in `running`, fp32.
     """
     program = tl.program_id(0)
     per_head = blocks * TILES_M
@@ -275,6 +278,10 @@ def query_kernel(
     kv_head = h // group
     first_row = b * row_stride_b + h * row_stride_h
     block = tl.load(order + first_row + program % per_head // TILES_M)
+    if STAGED:
+        turn = tl.load(turns + first_row + block)
+        if turn == 0:
+            return
     within = program % per_head % TILES_M * BLOCK_M
     start = block * TILES_M * BLOCK_M + within
     listed = rows + 4 * (first_row + block)
@@ -301,6 +308,12 @@ def query_kernel(
         BLOCK_N, TILES_N, D, D_PAD, DV, DV_PAD, TMA, PRECISION, STAGES,
     )  # fmt: skip
     dq_tile *= scale
-    if ADD:
-        dq_tile += load_tile(before, b, h, start, q_len, BLOCK_M, D, D_PAD, False)
-    store_tile(dq, b, h, start, q_len, dq_tile, D, False)
+    if STAGED:
+        if turn & BEGINS == 0:
+            dq_tile += load_tile(running, b, h, start, q_len, BLOCK_M, D, D_PAD, False)
+        if turn & ENDS == 0:
+            store_tile(running, b, h, start, q_len, dq_tile, D, False)
+        else:
+            store_tile(dq, b, h, start, q_len, dq_tile, D, False)
+    else:
+        store_tile(dq, b, h, start, q_len, dq_tile, D, False)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 from ringflex.kernels.triton_common import (
+    BEGINS,
+    ENDS,
     LN2,
     LOG2E,
     LOWEST,
@@ -80,12 +82,13 @@ def _attend(
     ]
 )  # fmt: skip
 def forward_kernel(
-    q, k, v, out, lse, before_out, before_lse, score_tables, scale,
-    rows, runs, order, q_starts, kv_starts, mask_tables,
+    q, k, v, out, lse, before_out, before_lse, first_lse, score_tables, scale,
+    rows, runs, order, turns, q_starts, kv_starts, mask_tables,
     q_len, kv_len, q_limit, kv_limit, heads, group, blocks,
     row_stride_b, row_stride_h, kv_stride_b,
     mask_mod: tl.constexpr, score_mod: tl.constexpr, PARTIAL: tl.constexpr, IN_ORDER: tl.constexpr,
     MERGE_OUT: tl.constexpr, MERGE_LSE: tl.constexpr, IN_PLACE: tl.constexpr,
+    STAGED: tl.constexpr, MERGE_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_M: tl.constexpr, TILES_N: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -96,6 +99,11 @@ def forward_kernel(
     lse, before_lse: (pointer, encoded strides), natural log, fp32, or fp64 between merges.
     rows, runs, order: `BlockLists`; a mask that distinguishes batch elements or heads has its rows
     `row_stride_b`, `row_stride_h` apart. q_starts, kv_starts: `Positions`.
+
+    MERGE_OUT, MERGE_LSE: merge with before_out and before_lse; IN_PLACE: which are out and lse.
+    STAGED: they are running results, which are written as well, and turns tells where each block
+    begins (there it merges with first_lse, if MERGE_FIRST) and ends (there it is written to out and
+    lse); see `stages`.
     """
     program = tl.program_id(0)
     per_head = blocks * TILES_M
@@ -104,6 +112,10 @@ def forward_kernel(
     kv_head = h // group
     first_row = b * row_stride_b + h * row_stride_h
     block = tl.load(order + first_row + program % per_head // TILES_M)
+    if STAGED:
+        turn = tl.load(turns + first_row + block)
+        if turn == 0:
+            return
     within = program % per_head % TILES_M * BLOCK_M
     start = block * TILES_M * BLOCK_M + within
     listed = rows + 4 * (first_row + block)
@@ -136,7 +148,19 @@ def forward_kernel(
     weight = 1.0 / tl.where(empty, 1.0, l)
     result = acc * weight[:, None]
     if MERGE_LSE:
-        old = tl.load(row_places(before_lse, b, h, row), mask=inside, other=0.0) * LOG2E
+        if STAGED:
+            later, first = turn & BEGINS == 0, turn & BEGINS != 0
+            old = tl.load(
+                row_places(before_lse, b, h, row), mask=inside & later, other=float("-inf")
+            )
+            if MERGE_FIRST:
+                begun = tl.load(
+                    row_places(first_lse, b, h, row), mask=inside & first, other=float("-inf")
+                )
+                old = tl.maximum(old, begun)  # one of them is -inf
+            old *= LOG2E
+        else:
+            old = tl.load(row_places(before_lse, b, h, row), mask=inside, other=0.0) * LOG2E
         top = tl.maximum(tl.maximum(old, part_lse), LOWEST)
         old_weight = tl.exp2((old - top).to(tl.float32))
         weight = tl.exp2((part_lse - top).to(tl.float32))
@@ -144,9 +168,21 @@ def forward_kernel(
         nothing = total == 0
         divisor = 1.0 / tl.where(nothing, 1.0, total)
         result = result * (weight * divisor)[:, None]
-        if MERGE_OUT:
+        if STAGED:
+            if later:
+                before = load_tile(before_out, b, h, start, q_len, BLOCK_M, DV, DV_PAD, False)
+                result += before * (old_weight * divisor)[:, None]
+        elif MERGE_OUT:
             before = load_tile(before_out, b, h, start, q_len, BLOCK_M, DV, DV_PAD, False)
             result += before * (old_weight * divisor)[:, None]
         part_lse = tl.where(nothing, float("-inf"), top + tl.log2(tl.where(nothing, 1.0, total)))
-    store_tile(out, b, h, start, q_len, result, DV, False)
-    tl.store(row_places(lse, b, h, row), part_lse * LN2, mask=inside)
+    if STAGED:
+        if turn & ENDS == 0:
+            store_tile(before_out, b, h, start, q_len, result, DV, False)
+            tl.store(row_places(before_lse, b, h, row), part_lse * LN2, mask=inside)
+        else:
+            store_tile(out, b, h, start, q_len, result, DV, False)
+            tl.store(row_places(lse, b, h, row), part_lse * LN2, mask=inside)
+    else:
+        store_tile(out, b, h, start, q_len, result, DV, False)
+        tl.store(row_places(lse, b, h, row), part_lse * LN2, mask=inside)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ringflex.kernels.block_lists import key_lists, query_lists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
 from ringflex.kernels.mod_tables import gradient_arguments
+from ringflex.kernels.stages import Stage
 from ringflex.kernels.triton_backward import key_kernel, query_kernel, row_terms_kernel
 from ringflex.kernels.triton_forward import forward_kernel
 from ringflex.kernels.triton_launch import Prepared
@@ -48,17 +49,24 @@ def forward(
     before: Partial | None,
     after: Partial,
     options: KernelOptions,
+    stage: Stage | None = None,
+    running: Partial | None = None,
 ) -> None:
     """See `contract`."""
     setup, q, k, v = _setup(q, k, v, mask, options)
     mod = _score_mod(score, q, options)
     out, lse = after
     assert out is not None
+    first_lse = lse if before is None else before.lse
+    merge_first = stage is not None and before is not None
+    if stage is not None:  # merges with what is running, or, where a query begins, with first_lse
+        assert running is not None and (before is None or before.out is None)
+        before = running
+    merge_out, merge_lse = before is not None and before.out is not None, before is not None
     before_out = out if before is None or before.out is None else before.out
     before_lse = lse if before is None else before.lse
-    merge = (before is not None and before.out is not None, before is not None)
-    in_place = merge[0] and before_out is out and before_lse is lse
-    starts = alignment(q, k, v, out, lse, before_out, before_lse)
+    in_place = merge_out and before_out is out and before_lse is lse
+    starts = alignment(q, k, v, out, lse, before_out, before_lse, first_lse)
     tma = setup.describable and not starts & 0b111
     D, D_PAD, DV, DV_PAD = setup.dims
     score_function = None if mod is None else mod.function()
@@ -67,7 +75,8 @@ def forward(
 
     key = (
         "forward", _kind(mod), score_function, out.dtype, out.stride(), before_out.stride(),
-        before_lse.stride(), lse.dtype, before_lse.dtype, merge, in_place, starts,
+        before_lse.stride(), lse.dtype, before_lse.dtype, merge_out, merge_lse, in_place, starts,
+        stage is not None, merge_first, first_lse.stride(),
     )  # fmt: skip
 
     def arguments(tile: Tile) -> tuple[Any, ...]:
@@ -76,7 +85,7 @@ def forward(
             described(k, tile.block_n, D_PAD) if tma else strided(k),
             described(v, tile.block_n, DV_PAD) if tma else strided(v),
             strided(out), encoded_rows(lse), strided(before_out), encoded_rows(before_lse),
-            () if mod is None else mod.arguments, scale,
+            encoded_rows(first_lse), () if mod is None else mod.arguments, scale,
         )  # fmt: skip
 
     def prepare(tile: Tile) -> Prepared:
@@ -85,12 +94,13 @@ def forward(
             forward_kernel,
             (setup.batch * setup.heads * lists.blocks * (mask.block_size[0] // tile.block_m), 1, 1),
             (
-                *setup.lists(lists), setup.mask_mod.tables, *setup.lengths, setup.heads,
-                setup.group, lists.blocks, *setup.row_strides(lists), setup.kv_stride,
+                *setup.query_lists(lists, stage), setup.mask_mod.tables, *setup.lengths,
+                setup.heads, setup.group, lists.blocks, *setup.row_strides(lists), setup.kv_stride,
             ),
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
-                setup.positions.kv_in_order, *merge, in_place,
+                setup.positions.kv_in_order, merge_out, merge_lse, in_place,
+                stage is not None, merge_first,
                 *setup.tiles(tile), *setup.dims, tma, setup.precision, tile.num_stages,
             ),
             tile,
@@ -99,6 +109,7 @@ def forward(
     ready = setup.prepared.get(key)
     if ready is None:
         repeatable = before is None or not (shares(before_lse, lse) or shares(before_out, out))
+        repeatable &= stage is None
         ready = setup.prepare(key, "forward", mod, prepare, arguments if repeatable else None)
     ready(*arguments(ready.tile))
 
@@ -165,12 +176,12 @@ def backward(
     if gradients.dq is None:
         return
     if mod is None or not any(wanted):
-        call.queries(gradients.dq, gradients.before_q)
+        call.queries(gradients.dq)
     elif options.deterministic:
         call.queries_in_fixed_point(wanted)
     else:
         pairs = accumulators(mod, wanted)
-        call.queries(gradients.dq, gradients.before_q, wanted, pairs)
+        call.queries(gradients.dq, wanted, pairs)
         call.collect(wanted, [total for total, _ in pairs])
 
 
@@ -193,7 +204,7 @@ class _Backward:
         self.dout, self.q, self.k, self.v, self.gradients = dout, q, k, v, gradients
         regular = all(s > 0 and s * dout.element_size() % 16 == 0 for s in dout.stride()[:-1])
         g = gradients
-        targets = [g.dq, g.before_q, g.dk, g.dv]
+        targets = [g.dq, g.running_q, g.dk, g.dv]
         starts = alignment(q, k, v, dout, *(q if x is None else x for x in targets))
         self.tma = setup.describable and dout.stride(3) == 1 and regular and not starts & 0b1111
         self.score_function = None if mod is None else mod.function()
@@ -256,7 +267,7 @@ class _Backward:
                 key_kernel,
                 (setup.batch * setup.kv_heads * tiles, 1, 1),
                 (
-                    *setup.lists(lists), setup.mask_mod.tables, *setup.lengths,
+                    *setup.key_lists(lists), setup.mask_mod.tables, *setup.lengths,
                     self.terms.delta.shape[2], setup.kv_heads, setup.group, lists.blocks,
                     *setup.row_strides(lists), order_stride_b, order_stride_h, setup.kv_stride,
                 ),
@@ -278,19 +289,20 @@ class _Backward:
     def queries(
         self,
         dq: Tensor,
-        before: Tensor | None = None,
         wanted: Sequence[bool] = (),
         pairs: Sequence[tuple[Tensor, Tensor]] = (),
         how: int = ADD.value,
     ) -> None:
-        """dQ, added to what was `before`, and the gradients of tables by `how`."""
-        setup, mask, add = self.setup, self.setup.mask, before is not None
-        sum_so_far = dq if before is None else before
-        key = ("queries", *self.key, tuple(wanted), add, how)
+        """dQ, and the gradients of tables by `how`."""
+        setup, mask, stage = self.setup, self.setup.mask, self.gradients.stage
+        running = self.gradients.running_q
+        if running is None or how == LARGEST.value:  # that run's dQ is of no interest
+            running = dq
+        key = ("queries", *self.key, tuple(wanted), stage is not None, how, running.dtype)
 
         def arguments(tile: Tile) -> tuple[Any, ...]:
             return (
-                *self.tensors(tile), *self.terms, strided(dq), strided(sum_so_far),
+                *self.tensors(tile), *self.terms, strided(dq), strided(running),
                 self.score_tables, gradient_arguments(pairs), self.scale,
             )  # fmt: skip
 
@@ -301,13 +313,13 @@ class _Backward:
                 query_kernel,
                 (setup.batch * setup.heads * tiles, 1, 1),
                 (
-                    *setup.lists(lists), setup.mask_mod.tables, *setup.lengths,
+                    *setup.query_lists(lists, stage), setup.mask_mod.tables, *setup.lengths,
                     self.terms.delta.shape[2], setup.heads, setup.group, lists.blocks,
                     *setup.row_strides(lists), setup.kv_stride,
                 ),
                 (
                     setup.mask_mod.function, self.score_function, self.gradient_function(wanted),
-                    how, setup.has_partial(lists), setup.positions.kv_in_order, add,
+                    how, setup.has_partial(lists), setup.positions.kv_in_order, stage is not None,
                     *setup.tiles(tile), *setup.dims, self.tma, setup.precision, tile.num_stages,
                 ),
                 tile,
@@ -315,7 +327,7 @@ class _Backward:
 
         ready = setup.prepared.get(key)
         if ready is None:
-            repeatable = not pairs and not (add and shares(sum_so_far, dq))
+            repeatable = not pairs and stage is None
             ready = setup.prepare(
                 key, "query", self.mod, prepare, arguments if repeatable else None
             )
@@ -325,15 +337,17 @@ class _Backward:
         """Everything by the key kernel, with atomic additions into dQ."""
         g = self.gradients
         assert g.dq is not None
-        fits = g.dq.dtype == torch.float32
-        dq = g.dq if fits else torch.empty_like(g.dq, dtype=torch.float32)
-        if g.before_q is None:
-            dq.zero_()
-        elif g.before_q is not dq:
-            dq.copy_(g.before_q)
+        dq = g.running_q
+        if dq is not None and g.stage is not None:
+            g.stage.begin(dq, 0.0)
+        else:
+            fits = g.dq.dtype == torch.float32
+            dq = g.dq.zero_() if fits else torch.zeros_like(g.dq, dtype=torch.float32)
         pairs = [] if self.mod is None else accumulators(self.mod, wanted)
         self.keys(dq, wanted, pairs)
-        if not fits:
+        if g.stage is not None:
+            g.stage.end(dq, g.dq)
+        elif dq is not g.dq:
             g.dq.copy_(dq)
         self.collect(wanted, [total for total, _ in pairs])
 
@@ -348,7 +362,7 @@ class _Backward:
         pairs = accumulators(self.mod, wanted)
         g = self.gradients
         assert g.dq is not None
-        self.queries(torch.empty_like(g.dq), None, wanted, pairs, LARGEST.value)
+        self.queries(torch.empty_like(g.dq), wanted, pairs, LARGEST.value)
         largest = torch.stack([aside.view(torch.float32)[0] for _, aside in pairs])
         _, exponent = torch.frexp(largest)
         bits = 61 - math.ceil(math.log2(max(2, self.setup.scores_visited))) - exponent
@@ -357,7 +371,7 @@ class _Backward:
             (torch.zeros_like(total, dtype=torch.int64), factors[i : i + 1])
             for i, (total, _) in enumerate(pairs)
         ]
-        self.queries(g.dq, g.before_q, wanted, fixed, FIXED.value)
+        self.queries(g.dq, wanted, fixed, FIXED.value)
         sums = [
             torch.where(finite, total.double() / factor, torch.nan).float()
             for (total, factor), finite in zip(fixed, largest.isfinite(), strict=True)

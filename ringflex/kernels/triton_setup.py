@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ringflex.kernels.block_lists import BlockLists, positions
 from ringflex.kernels.contract import KernelOptions, Tile
+from ringflex.kernels.stages import Stage
 from ringflex.kernels.triton_launch import Prepared
 from ringflex.kernels.triton_mods import ScoreMod, mask_mod
 from ringflex.kernels.triton_tiles import architecture, fit_blocks, tile_for
@@ -119,8 +120,12 @@ class Setup:
         m, n = self.mask.block_size
         return tile.block_m, tile.block_n, m // tile.block_m, n // tile.block_n
 
-    def lists(self, lists: BlockLists) -> tuple[Tensor, ...]:
+    def key_lists(self, lists: BlockLists) -> tuple[Tensor, ...]:
         return lists.rows, lists.runs, lists.order, self.positions.q, self.positions.kv
+
+    def query_lists(self, lists: BlockLists, stage: Stage | None) -> tuple[Tensor, ...]:
+        turns = lists.order if stage is None else stage.on(lists.order.device)
+        return lists.rows, lists.runs, lists.order, turns, self.positions.q, self.positions.kv
 
     def has_partial(self, lists: BlockLists) -> bool:
         """Whether the loop over partial blocks is compiled. A mask that is more than its padding

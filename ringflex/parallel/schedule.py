@@ -36,34 +36,27 @@ def forward(
     after: Partial,
     options: KernelOptions,
 ) -> None:
-    """Attention over all K/V of the plan, merged with `before`, to `after`; see the contract.
-
-    Between steps the running result has more digits; the last step rounds it.
-    """
+    """Attention over all K/V of the plan, merged with `before`, to `after`; see the contract."""
     assert after.out is not None
-    left = sum(step.mask is not None for step in plan.steps)
-    if not left:
+    computed = sum(step.mask is not None for step in plan.steps)
+    running = None
+    if not computed:
         after.out.zero_()
         if before is None:
             after.lse.fill_(-torch.inf)
         else:
             after.lse.copy_(before.lse)
-    running = after
-    dtype = compute_dtype(q.dtype)
-    if left > 1:
-        out = after.out
+    elif computed > 1:
         running = Partial(
-            out if out.dtype == dtype else torch.empty_like(out, dtype=dtype),
+            torch.empty_like(after.out, dtype=compute_dtype(q.dtype)),
             torch.empty_like(after.lse, dtype=torch.float64),
         )
-    arrivals = _Arrivals(plan, Pair(k, v))
-    for number, step, held in arrivals:
+    for number, step, held in _Arrivals(plan, Pair(k, v)):
         if step.mask is not None:
-            left -= 1
-            target = running if left else after
             with computing("forward", number):
-                kernel.forward(q, *held, step.mask, score, scale, before, target, options)
-            before = target
+                kernel.forward(
+                    q, *held, step.mask, score, scale, before, after, options, step.stage, running
+                )
 
 
 def backward(
@@ -120,11 +113,11 @@ def backward(
         filled = returning.add_into(home, filled)
     if not filled:
         _zero(home)
-    return calls.dq(), *home
+    return calls.dq, *home
 
 
 class _Calls:
-    """The kernel's calls of one backward. dQ adds up from one to the next, and the last rounds."""
+    """The kernel's calls of one backward, and its dQ, which adds up from one to the next."""
 
     def __init__(
         self,
@@ -140,8 +133,12 @@ class _Calls:
     ) -> None:
         self.kernel, self.dout, self.q, self.terms = kernel, dout, q, terms
         self.score, self.scale, self.dcaptures, self.options = score, scale, dcaptures, options
-        self.left = sum(step.mask is not None for step in plan.steps)  # calls for dQ to come
-        self.running: Tensor | None = None
+        computed = sum(step.mask is not None for step in plan.steps)
+        make = torch.empty if computed else torch.zeros
+        self.dq = make(q.shape, dtype=q.dtype, device=q.device)
+        self.running_q: Tensor | None = None
+        if computed > 1:
+            self.running_q = torch.empty(q.shape, dtype=compute_dtype(q.dtype), device=q.device)
 
     def run(
         self,
@@ -155,21 +152,14 @@ class _Calls:
     ) -> None:
         """One launch: dK/dV into `gradients` (or nothing of the kind), dQ if `queries`."""
         assert step.mask is not None
-        before, target = self.running, None
-        if queries:
-            self.left -= 1
-            target = before
-            if not self.left or before is None:
-                dtype = compute_dtype(self.q.dtype) if self.left else self.q.dtype
-                target = torch.empty(self.q.shape, dtype=dtype, device=self.q.device)
-            self.running = target
         wanted = Gradients(
-            dq=target,
-            before_q=before if queries else None,
+            dq=self.dq if queries else None,
             dk=None if gradients is None else gradients.k,
             dv=None if gradients is None else gradients.v,
             dcaptures=self.dcaptures,
             add_kv=add,
+            stage=step.stage,
+            running_q=self.running_q,
         )
         passes = "dQ, dK, dV" if queries and gradients else "dQ" if queries else "dK, dV"
         with computing(f"backward {passes}", number):
@@ -177,11 +167,6 @@ class _Calls:
                 self.dout, self.q, *held, self.terms, step.mask, self.score, self.scale, wanted,
                 self.options,
             )  # fmt: skip
-
-    def dq(self) -> Tensor:
-        if self.running is None:
-            return torch.zeros(self.q.shape, dtype=self.q.dtype, device=self.q.device)
-        return self.running
 
 
 class _Arrivals:

@@ -8,11 +8,12 @@ strategies differ only in these lists; one loop runs them all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from ringflex.kernels.stages import Stage, stages_of
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array
 from ringflex.parallel.layout import Layout
@@ -49,6 +50,7 @@ class Step:
             `passes_on` (ring).
         passes_on: whether `sends` come from the previous step's buffer.
         mask: local queries against this step's buffer; None if no query sees any of it.
+        stage: which queries begin and end with this step; None if it is the only one with a mask.
         width: blocks of this step's buffer (per batch element).
         returns: dK/dV that goes home after the backward of this step; positions in the buffer.
         collects: dK/dV that comes home; positions in the local K/V.
@@ -58,6 +60,7 @@ class Step:
     sends: tuple[Transfer, ...] = ()
     passes_on: bool = False
     mask: BlockMask | None = None
+    stage: Stage | None = None
     width: int = 0
     returns: tuple[Transfer, ...] = ()
     collects: tuple[Transfer, ...] = ()
@@ -93,7 +96,8 @@ class _Planner:
         for distances in _schedule(strategy, self.reads()):
             step, held = self._step(strategy, distances, held)
             steps.append(step)
-        return tuple(steps)
+        stages = stages_of([step.mask for step in steps])
+        return tuple(replace(step, stage=s) for step, s in zip(steps, stages, strict=True))
 
     def reads(self) -> Array:
         """bool `[W, W]`: whether the rank at `distance` after `owner` needs a block of it."""
