@@ -171,25 +171,27 @@ def test_planning_is_a_few_small_collectives(pool: RankPool, layout: str) -> Non
         assert sum(gathered) < most
 
 
-def waiting_on_rank(group: dist.ProcessGroup, how: str) -> str | None:
-    """Rank 1 does not come; what rank 0 is told."""
-    few = dist.new_group([0, 1], timeout=timedelta(seconds=2))
-    comm = Communicator(few)
+def waiting_on_rank(group: dist.ProcessGroup) -> list[str]:
+    """Rank 1 does not come; what rank 0 is told. All ranks, as all must make the groups."""
+    groups = [dist.new_group([0, 1], timeout=timedelta(seconds=1)) for _ in range(2)]
+    said = []
     if dist.get_rank() == 1:
-        time.sleep(6)
-        return None
-    try:
-        if how == "exchange":
-            comm.exchange([], [(1, torch.empty(5))], name="K/V", step=3).wait()
-        else:
-            comm.agree("a plan", b"")
-    except RuntimeError as error:
-        return str(error)
-    return "it waited in vain, and says nothing"
+        time.sleep(4)
+    if dist.get_rank() != 0:
+        return said
+    calls = [
+        lambda comm: comm.exchange([], [(1, torch.empty(5))], name="K/V", step=3).wait(),
+        lambda comm: comm.agree("a plan", b""),
+    ]
+    for few, call in zip(groups, calls, strict=True):
+        try:
+            call(Communicator(few))
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
 
 
 def test_who_waits_in_vain_says_for_what_and_whom(pool: RankPool) -> None:
-    said = pool.run(waiting_on_rank, 2, "exchange")[0]
-    assert said.startswith("rank 0, step 3: K/V from rank 1 failed: ")
-    said = pool.run(waiting_on_rank, 2, "agree")[0]
-    assert said.startswith("rank 0: another rank did not come to agree on a plan: ")
+    of_exchange, of_agreement = pool.run(waiting_on_rank, 8)[0]
+    assert of_exchange.startswith("rank 0, step 3: K/V from rank 1 failed: ")
+    assert of_agreement.startswith("rank 0: another rank did not come to agree on a plan: ")
