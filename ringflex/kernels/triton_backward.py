@@ -29,6 +29,7 @@ from ringflex.kernels.triton_common import (
     store_tile,
     visible_in,
 )
+from ringflex.kernels.triton_math import LARGEST
 
 
 @triton.jit(do_not_specialize=["q_len", "padded_len", "heads"])
@@ -269,7 +270,8 @@ def query_kernel(
     """dQ, and the gradients of the score mod's tables. Grid and arguments as `forward_kernel`'s.
 
     lse, delta: row terms, pointers. dq: (pointer, strides). STAGED: turns tells where each block
-    begins and ends; in between, dQ is in `running`, fp32.
+    begins and ends; in between, dQ is in `running`, fp32. HOW: see `triton_math`; LARGEST writes
+    no dQ.
     """
     program = tl.program_id(0)
     per_head = blocks * TILES_M
@@ -308,12 +310,13 @@ def query_kernel(
         BLOCK_N, TILES_N, D, D_PAD, DV, DV_PAD, TMA, PRECISION, STAGES,
     )  # fmt: skip
     dq_tile *= scale
-    if STAGED:
-        if turn & BEGINS == 0:
-            dq_tile += load_tile(running, b, h, start, q_len, BLOCK_M, D, D_PAD, False)
-        if turn & ENDS == 0:
-            store_tile(running, b, h, start, q_len, dq_tile, D, False)
+    if HOW != LARGEST:
+        if STAGED:
+            if turn & BEGINS == 0:
+                dq_tile += load_tile(running, b, h, start, q_len, BLOCK_M, D, D_PAD, False)
+            if turn & ENDS == 0:
+                store_tile(running, b, h, start, q_len, dq_tile, D, False)
+            else:
+                store_tile(dq, b, h, start, q_len, dq_tile, D, False)
         else:
             store_tile(dq, b, h, start, q_len, dq_tile, D, False)
-    else:
-        store_tile(dq, b, h, start, q_len, dq_tile, D, False)

@@ -296,8 +296,7 @@ class _Backward:
         """dQ, and the gradients of tables by `how`."""
         setup, mask, stage = self.setup, self.setup.mask, self.gradients.stage
         running = self.gradients.running_q
-        if running is None or how == LARGEST.value:  # that run's dQ is of no interest
-            running = dq
+        running = dq if running is None else running
         key = ("queries", *self.key, tuple(wanted), stage is not None, how, running.dtype)
 
         def arguments(tile: Tile) -> tuple[Any, ...]:
@@ -362,7 +361,7 @@ class _Backward:
         pairs = accumulators(self.mod, wanted)
         g = self.gradients
         assert g.dq is not None
-        self.queries(torch.empty_like(g.dq), wanted, pairs, LARGEST.value)
+        self.queries(g.dq, wanted, pairs, LARGEST.value)
         largest = torch.stack([aside.view(torch.float32)[0] for _, aside in pairs])
         _, exponent = torch.frexp(largest)
         bits = 61 - math.ceil(math.log2(max(2, self.setup.scores_visited))) - exponent

@@ -93,9 +93,7 @@ def backward(
                 calls.run(0, step, held, None if apart else home, queries=True)
             continue
         back = _Return(plan, number, step, held, options)
-        if step.mask is None:
-            back.zero()
-        else:
+        if step.mask is not None:
             calls.run(number, step, held, back.gradients, queries=not apart)
         back.seal()
         arrivals.post()
@@ -228,7 +226,8 @@ class _Return:
     """dK/dV of one step, then their way to the ranks that own the blocks.
 
     Attributes:
-        gradients: where the kernel leaves them. If one message takes all, that is the message.
+        gradients: where the kernel leaves them, if there are any. If one message takes all, that
+            is the message.
     """
 
     def __init__(
@@ -240,23 +239,21 @@ class _Return:
         self.sends = [new_message(t, held, self.block_size, dtype) for t in step.returns]
         whole = [t for t in step.returns if len(t.blocks) == 1 and t.count == step.width]
         self.packed = len(whole) == 1
+        self.gradients: Pair | None = None
         if self.packed:
             self.gradients = unpack(step.returns, self.sends, held, step.width, self.block_size)
-        else:
+        elif step.mask is not None:
             self.gradients = _new(held, compute_dtype(held.k.dtype))
         self.messages = [new_message(t, held, self.block_size, dtype) for t in step.collects]
         self.ready: torch.cuda.Event | None = None
         self.exchange: Exchange | None = None
-
-    def zero(self) -> None:
-        _zero(self.gradients)
 
     def seal(self) -> None:
         """The kernel that computes them is launched."""
         self.ready = self.comm.ready()
 
     def post(self) -> None:
-        if not self.packed:
+        if self.gradients is not None and not self.packed:
             with self.comm.aside(self.ready):
                 for transfer, message in zip(self.step.returns, self.sends, strict=True):
                     pack(transfer, self.gradients, message, self.block_size)
