@@ -61,6 +61,7 @@ class Communicator:
 
         Raises:
             ValueError: another rank found something wrong, or ranks came with different digests.
+            RuntimeError: a rank did not come, or died.
         """
         text = (str(error) if error is not None else what).encode()[: _RECORD - _HEAD]
         head = bytes([error is not None]) + count.to_bytes(8, "little")
