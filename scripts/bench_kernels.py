@@ -39,6 +39,7 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ringflex as rf
+from commit import current_commit
 from ringflex.kernels.triton_tiles import CANDIDATES
 from ringflex.reference import reference_attention_with_gradients
 
@@ -464,12 +465,6 @@ def main() -> None:
     print(f"done after {time.time() - started:.0f} s")
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return found.stdout.strip() or "unknown"
-
-
 def _record(arguments: argparse.Namespace) -> dict[str, Any]:
     """The output's content to be: with what it holds already if that is to be merged."""
     import triton
@@ -491,7 +486,7 @@ def _record(arguments: argparse.Namespace) -> dict[str, Any]:
         if {key: record[key] for key in origin} != origin:
             sys.exit(f"{arguments.output} was measured elsewhere: it cannot be merged with")
     command = " ".join(["python", "scripts/bench_kernels.py", *sys.argv[1:]])
-    record["commands"].append({"command": command, "commit": arguments.commit or _commit()})
+    record["commands"].append({"command": command, "commit": arguments.commit or current_commit()})
     return record
 
 

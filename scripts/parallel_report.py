@@ -7,12 +7,12 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from commit import current_commit
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -50,12 +50,6 @@ def _share(x: float | None) -> str:
     return "-" if x is None else f"{x:.1%}"
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return found.stdout.strip() or "unknown"
-
-
 def new_record(arguments: argparse.Namespace) -> dict[str, Any] | str:
     """The output's content to be, with what it holds already if asked to merge; or why not."""
     on_gpu = arguments.device == "cuda"
@@ -81,5 +75,5 @@ def new_record(arguments: argparse.Namespace) -> dict[str, Any] | str:
             return f"{arguments.output} was measured elsewhere: it cannot be merged with"
     launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} scripts/bench_parallel.py"
     command = shlex.join([*launcher.split(), *sys.argv[1:]])
-    record["commands"].append({"command": command, "commit": arguments.commit or _commit()})
+    record["commands"].append({"command": command, "commit": arguments.commit or current_commit()})
     return record

@@ -59,28 +59,15 @@ def forward(
     running: Partial | None = None,
 ) -> None:
     """See `contract`."""
-    if stage is None:
-        _forward(q, k, v, mask, score, scale, before, after)
+    if stage is not None:
+        assert running is not None and running.out is not None and after.out is not None
+        assert before is None or before.out is None
+        stage.begin(running.out, 0.0)
+        stage.begin(running.lse, -torch.inf if before is None else before.lse)
+        forward(q, k, v, mask, score, scale, running, running, options)
+        stage.end(running.out, after.out)
+        stage.end(running.lse, after.lse)
         return
-    assert running is not None and running.out is not None and after.out is not None
-    assert before is None or before.out is None
-    stage.begin(running.out, 0.0)
-    stage.begin(running.lse, -torch.inf if before is None else before.lse)
-    _forward(q, k, v, mask, score, scale, running, running)
-    stage.end(running.out, after.out)
-    stage.end(running.lse, after.lse)
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask,
-    score: TracedMod | None,
-    scale: float,
-    before: Partial | None,
-    after: Partial,
-) -> None:
     dtype = compute_dtype(q.dtype)
     assert after.out is not None
     # These are after's own tensors if they have the right dtypes.

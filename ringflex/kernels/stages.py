@@ -46,7 +46,9 @@ class Stage:
 
     def begin(self, x: Tensor, value: Tensor | float) -> None:
         """Sets queries of `x [B, H, q_len, ...]` that begin here."""
-        x.copy_(torch.where(self._queries(BEGINS, x), torch.as_tensor(value).to(x), x))
+        if isinstance(value, Tensor):
+            value = value.to(x.dtype)
+        x.copy_(torch.where(self._queries(BEGINS, x), value, x))
 
     def end(self, running: Tensor, final: Tensor) -> None:
         """Copies queries that end here."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ringflex.kernels.device_arrays import to_device
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array, Runs, counting
 
@@ -88,7 +89,7 @@ def _chunks(
     head = None if mask.H == 1 else group % mask.H
 
     def tensor(x: Array) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x)).to(device)
+        return to_device(x, device)
 
     for begin, end in _cuts(count, segment, at_once):
         width = int(count[begin])
