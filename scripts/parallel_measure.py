@@ -22,6 +22,7 @@ WINDOW = 4096
 # Share of documents per range of lengths, and the ranges' upper ends: MagiAttention's benchmark.
 _SHARES = (18.6, 28.2, 24.6, 15.7, 7.3, 3.1, 1.3, 0.9, 0.4)
 _ENDS = (200, 500, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+_HEAD_START = 3_500_000  # cycles
 _UNSCALED = 16384  # tokens from which on windows and documents have their true lengths
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -145,6 +146,11 @@ class World:
             dist.barrier(device_ids=[self.device.index] if self.on_gpu else None)
         self.synchronize()
 
+    def head_start(self) -> None:
+        """The host runs ahead of the GPU by about 2 ms, as it does in a training step."""
+        if self.on_gpu:
+            torch.cuda._sleep(_HEAD_START)
+
     def synchronize(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize()
@@ -209,30 +215,36 @@ def measure(
     seconds: float,
     inspect: Callable[[list[Tensor]], None] | None = None,
 ) -> dict[str, Any]:
-    """Median over repeats of the slowest rank's forward and forward + backward, milliseconds; the
-    largest rank's peak memory beyond inputs, bytes.
+    """Medians over repeats: milliseconds of the forward and of forward + backward on the slowest
+    rank, and on every rank; milliseconds that the host takes to issue them; the largest rank's peak
+    memory beyond inputs, bytes.
 
     Args:
-        seconds: how long to repeat; at least three times, but once where that takes long.
+        seconds: how long to repeat; at least five times, but once where that takes long.
         inspect: is given out, dq, dk, dv of the first, untimed run.
     """
     *leaves, dout = tensors
 
-    def once() -> tuple[list[Any], list[Tensor]]:
+    def once() -> tuple[list[Any], list[float], list[Tensor]]:
         world.align()
-        marks = [world.mark()]
+        world.head_start()
+        marks, clock = [world.mark()], [time.perf_counter()]
         out = contender.run(*leaves)
         marks.append(world.mark())
+        clock.append(time.perf_counter())
         grads = torch.autograd.grad(out, leaves, dout)
         marks.append(world.mark())
-        return marks, [out.detach(), *grads]
+        clock.append(time.perf_counter())
+        return marks, clock, [out.detach(), *grads]
 
-    def timed() -> tuple[float, float]:
-        marks, _ = once()
+    def timed() -> tuple[float, ...]:
+        """Forward and both: passed in the stream, then on the host."""
+        marks, clock, _ = once()
         world.synchronize()
-        return world.milliseconds(*marks[:2]), world.milliseconds(marks[0], marks[2])
+        passed = [world.milliseconds(marks[0], mark) for mark in marks[1:]]
+        return *passed, *((t - clock[0]) * 1e3 for t in clock[1:])
 
-    results = once()[1]
+    results = once()[2]
     if inspect is not None:
         inspect(results)
     del results
@@ -245,17 +257,22 @@ def measure(
     if world.on_gpu:
         peak = torch.cuda.max_memory_allocated() - before
     slowest = max(t[1] for t in world.gather(times[0])) / 1e3  # seconds
-    least = 1 if slowest > 1.5 else 3
+    least = 1 if slowest > 1.5 else 5
     times += [timed() for _ in range(min(40, max(least, int(seconds / slowest))) - 1)]
     everybody = world.gather((times, peak))
-    forward, both = (
-        statistics.median(max(rank[i][way] for rank, _ in everybody) for i in range(len(times)))
-        for way in (0, 1)
+    forward, both, host_forward, host_both = (
+        statistics.median(max(rank[i][what] for rank, _ in everybody) for i in range(len(times)))
+        for what in range(4)
     )
+    by_rank = [[statistics.median(t[way] for t in rank) for rank, _ in everybody] for way in (0, 1)]
     peaks = [p for _, p in everybody if p is not None]
     return {
         "forward": forward,
         "both": both,
+        "forward_by_rank": by_rank[0],
+        "both_by_rank": by_rank[1],
+        "host_forward": host_forward,
+        "host_both": host_both,
         "repeats": len(times),
         "peak": max(peaks, default=None),
     }

@@ -19,16 +19,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line per contender. Two numbers are forward and forward + backward."""
     lines = [
         "| mask, tokens | GPUs | contender | ms | TFLOP/s per GPU | efficiency | exposed ms "
-        "| received MiB | skipped | imbalance | peak MiB | layout |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| host ms | received MiB | skipped | imbalance | peak MiB | layout |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [f"{row['mask']}, {row['tokens']:,}", str(row["gpus"]), row["contender"]]
         if "error" in row:
-            cells += [row["error"].replace("|", "/"), *["-"] * 8]
+            cells += [row["error"].replace("|", "/"), *["-"] * 9]
         else:
             cells += [_two(row, "{}", 2), _two(row, "{}_tflops", 0 if row["dim"] >= 64 else 3)]
             cells += [_two(row, "{}_efficiency", 3), _two(row, "exposed_{}", 2)]
+            cells += [_two(row, "host_{}", 2)]
             cells += [_number(row.get("bytes_received"), 2**20, 1), _share(row.get("skipped"))]
             cells += [_number(row.get("imbalance"), 1, 2), _number(row.get("peak"), 2**20, 0)]
             cells += [row.get("layout_chosen", "-")]

@@ -32,6 +32,7 @@ def trace(world: World, spec: Spec, contender: Contender, title: str, path: Path
         world.together(lambda: torch.autograd.grad(warm(*leaves), leaves, dout))
     once()
     world.align()
+    world.head_start()
     with Timeline() as timeline:
         once()
     spans = [

@@ -1,7 +1,7 @@
 """The forward and backward loops over a plan's steps. One loop serves all strategies.
 
-While step i computes, step i + 1's K/V is under way; on a GPU it is posted once step i's kernel is
-launched, beside which it costs least, and what is sent is packed on the communicator's stream. In
+While step i computes, step i + 1's K/V is under way; on a GPU it is packed, on the communicator's
+stream, and posted once step i's kernel is launched, beside which it costs least. In
 the backward, dK/dV go home one step behind K/V. Partial results are merged, and gradients added, in
 a fixed order: the same inputs give the same bits on every run where the kernel is deterministic.
 """
@@ -193,7 +193,7 @@ class _Arrivals:
 
 
 class _Incoming:
-    """K/V of one step: allocated and packed at once; posted, on a GPU, when it is told."""
+    """K/V of one step: allocated at once; packed and posted, on a GPU, when it is told."""
 
     def __init__(self, plan: Plan, number: int, source: Pair, like: Pair) -> None:
         self.comm, self.number, self.step = _comm(plan), number, plan.steps[number]
@@ -202,14 +202,14 @@ class _Incoming:
         self.sends = [new_message(t, like, self.block_size) for t in self.step.sends]
         self.exchange: Exchange | None = None
         self.ready = self.comm.ready()  # before this the messages' memory may be in other use
-        with self.comm.aside(self.ready):
-            for transfer, message in zip(self.step.sends, self.sends, strict=True):
-                pack(transfer, source, message, self.block_size)
         if self.ready is None:
             self.post()
 
     def post(self) -> None:
         if self.exchange is None:
+            with self.comm.aside(self.ready):
+                for transfer, message in zip(self.step.sends, self.sends, strict=True):
+                    pack(transfer, self.source, message, self.block_size)
             self.exchange = _exchange(
                 self.comm, self.step.sends, self.sends, self.step.receives, self.messages,
                 self.ready, "K/V", self.number,

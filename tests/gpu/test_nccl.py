@@ -11,8 +11,11 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-SURROUNDINGS = os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE.parent.parent}"}
 KINDS = range(8)  # of random_cases.py
+SURROUNDINGS = os.environ | {
+    "PYTHONPATH": f"{HERE.parent}:{HERE.parent.parent}",
+    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(KINDS))),
+}
 
 
 def torchrun(*what: str) -> None:
