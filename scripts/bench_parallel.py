@@ -10,11 +10,11 @@ count; before each repeat the ranks wait for each other, and the slowest rank's 
 Efficiency is the time of our own one-GPU kernel on the same problem, measured in the same run on
 every GPU at once (also there the slowest counts), over W times the time on W GPUs. Before each
 repeat the GPUs are kept busy for about 2 ms, so that the host is ahead of them, as in a training
-step; what the host takes is measured apart: where it takes longer than the GPUs, it is what counts. Exposed communication is the time with transfers less
-the time of the same plan without any. Every contender's out, dq, dk and dv are compared, at some
-tokens, with those of one GPU; `--check` first compares small problems in full, with an fp64
-reference. Where ranks compile at different speeds, they wait for each other over gloo; a transfer
-that takes longer than `--timeout` ends the run.
+step; what the host takes is measured apart: where it takes longer than the GPUs, it is what counts.
+Exposed communication is the time with transfers less the time of the same plan without any. Every
+contender's out, dq, dk and dv are compared, at some tokens, with those of one GPU; `--check` first
+compares small problems in full, with an fp64 reference. Where ranks compile at different speeds,
+they wait for each other over gloo; a transfer that takes longer than `--timeout` ends the run.
 
 Prints a table, and writes JSON (after every case) and plots to `benchmarks/results/`. TFLOP/s count
 visible pairs: 4 D a pair and head in the forward, 10 D in the backward. On CPUs (gloo, eager
@@ -139,7 +139,7 @@ def bench(
     started = time.perf_counter()
     contender = world.together(make)
     found: dict[str, Any] = {}
-    plan = contender.plan
+    plan, seconds = contender.plan, None if arguments.once else arguments.seconds
     if plan is not None:
         found["plan_ms"] = (time.perf_counter() - started) * 1e3
         found["strategy"], found["layout_chosen"] = plan.strategy, plan.layout.name
@@ -159,12 +159,12 @@ def bench(
             found.update(_traffic(world, spec, plan, plan.comm.bytes_received - received))
 
     with contender.context():
-        if contender.warm is not None:
+        if contender.warm is not None and not arguments.once:
             world.together(lambda: torch.autograd.grad(contender.warm(*leaves), leaves, dout))
-        found |= measure(world, contender, tensors, arguments.seconds, inspect)
-    if plan is not None and world.size > 1:
+        found |= measure(world, contender, tensors, seconds, inspect)
+    if plan is not None and world.size > 1 and not arguments.once:
         mute = Contender(name="", run=_attention(silent(plan, world), arguments.backend))
-        without = measure(world, mute, tensors, arguments.seconds)
+        without = measure(world, mute, tensors, seconds)
         found |= {f"exposed_{way}": found[way] - without[way] for way in ("forward", "both")}
     flops = p.pairs * spec.heads * spec.dim
     for way, factor in (("forward", 4), ("both", 14)):
@@ -267,6 +267,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="small problems against fp64, first")
     parser.add_argument("--trace", type=Path, help="one run of the first case; a PNG beside it")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
+    parser.add_argument(
+        "--once", action="store_true",
+        help="time the first run, for very long sequences; kernels must be compiled already",
+    )  # fmt: skip
     parser.add_argument("--timeout", type=float, default=60, help="seconds; longer than any run")
     parser.add_argument("--device", choices=["cuda", "cpu"])
     parser.add_argument("--output", type=Path, default=RESULTS / "parallel.json")

@@ -212,7 +212,7 @@ def measure(
     world: World,
     contender: Contender,
     tensors: tuple[Tensor, ...],
-    seconds: float,
+    seconds: float | None,
     inspect: Callable[[list[Tensor]], None] | None = None,
 ) -> dict[str, Any]:
     """Medians over repeats: milliseconds of the forward and of forward + backward on the slowest
@@ -220,8 +220,9 @@ def measure(
     memory beyond inputs, bytes.
 
     Args:
-        seconds: how long to repeat; at least five times, but once where that takes long.
-        inspect: is given out, dq, dk, dv of the first, untimed run.
+        seconds: how long to repeat; at least five times, but once where that takes long. None:
+            only the first run, which is not timed otherwise.
+        inspect: is given out, dq, dk, dv of the first run.
     """
     *leaves, dout = tensors
 
@@ -237,29 +238,28 @@ def measure(
         clock.append(time.perf_counter())
         return marks, clock, [out.detach(), *grads]
 
-    def timed() -> tuple[float, ...]:
+    def times_of(marks: list[Any], clock: list[float]) -> tuple[float, ...]:
         """Forward and both: passed in the stream, then on the host."""
-        marks, clock, _ = once()
         world.synchronize()
         passed = [world.milliseconds(marks[0], mark) for mark in marks[1:]]
         return *passed, *((t - clock[0]) * 1e3 for t in clock[1:])
 
-    results = once()[2]
+    peak = _Peak(world)
+    marks, clock, results = once()
+    times = [times_of(marks, clock)]
     if inspect is not None:
         inspect(results)
     del results
-    peak = None
-    if world.on_gpu:
-        world.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    times = [timed()]
-    if world.on_gpu:
-        peak = torch.cuda.max_memory_allocated() - before
-    slowest = max(t[1] for t in world.gather(times[0])) / 1e3  # seconds
-    least = 1 if slowest > 1.5 else 5
-    times += [timed() for _ in range(min(40, max(least, int(seconds / slowest))) - 1)]
-    everybody = world.gather((times, peak))
+    if seconds is not None:
+        peak = _Peak(world)
+        times = [times_of(*once()[:2])]
+    most = peak.bytes()
+    if seconds is not None:
+        slowest = max(t[1] for t in world.gather(times[0])) / 1e3  # seconds
+        least = 1 if slowest > 1.5 else 5
+        repeats = min(40, max(least, int(seconds / slowest)))
+        times += [times_of(*once()[:2]) for _ in range(repeats - 1)]
+    everybody = world.gather((times, most))
     forward, both, host_forward, host_both = (
         statistics.median(max(rank[i][what] for rank, _ in everybody) for i in range(len(times)))
         for what in range(4)
@@ -276,6 +276,20 @@ def measure(
         "repeats": len(times),
         "peak": max(peaks, default=None),
     }
+
+
+class _Peak:
+    """The most memory in use from now on, beyond what is in use now."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.before = world, 0
+        world.synchronize()
+        if world.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+
+    def bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated() - self.before if self.world.on_gpu else None
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ _INT32 = torch.iinfo(torch.int32)
 
 
 class Mod(NamedTuple):
-    """A generated function (None: there is nothing to ask) and its `tables` argument."""
+    """A generated function (None: there is nothing to ask) and its `tables` argument.
+
+    looks_up: whether a table has more than one element.
+    """
 
     function: Any
     tables: tuple[Any, ...]
-
-
-NOTHING = Mod(None, ())
+    looks_up: bool
 
 
 def mask_mod(mask: BlockMask, device: torch.device) -> Mod:
@@ -41,7 +42,8 @@ def mask_mod(mask: BlockMask, device: torch.device) -> Mod:
         specs = [TableSpec.of(t) for t in tables]
         lowered = lower_mask(body, specs)
         function = None if lowered.trivial else lowered.function
-        cache[key] = Mod(function, table_arguments(tables, specs))
+        looks_up = any(t.numel() > 1 for t in tables)
+        cache[key] = Mod(function, table_arguments(tables, specs), looks_up)
     return cache[key]
 
 

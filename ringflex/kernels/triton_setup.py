@@ -97,7 +97,7 @@ class Setup:
         tile = self._tile_asked_for(kernel)
         if tile is None:
             dims = (self.dims[1], self.dims[3])
-            kinds = (self.mask_mod.function is not None, score is not None)
+            kinds = (self.mask_mod.looks_up, score is not None)
             tile = tile_for(kernel, self.where, self.dtype, dims, self.mask.block_size, *kinds)
             if self.options.tune and arguments is not None:
                 from ringflex.kernels.triton_tuning import fastest_tile

@@ -15,13 +15,13 @@ from ringflex.kernels.contract import Tile
 _Table = dict[str, dict[int, Tile]]  # by kernel, and head dim rounded up
 
 _SM90: _Table = {
-    "forward": {64: Tile(64, 128, 4, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
+    "forward": {64: Tile(64, 128, 4, 2), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 2)},
     "key": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 64, 8, 2)},
     "query": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 4, 2)},
 }
-_SM90_FULL: _Table = {
+_SM90_WITH_LOOKUP: _Table = {
     **_SM90,
-    "forward": {64: Tile(64, 128, 4, 2), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 2)},
+    "forward": {64: Tile(64, 128, 4, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
 }
 _SM90_WITH_SCORE: _Table = {
     "forward": {64: Tile(64, 128, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(128, 64, 8, 2)},
@@ -75,7 +75,7 @@ def tile_for(
     dtype: torch.dtype,
     head_dims: tuple[int, int],
     block_size: tuple[int, int],
-    with_mask: bool,
+    with_lookup: bool,
     with_score: bool,
 ) -> Tile:
     """The table's tile, cut to the mask's blocks and the device's shared memory.
@@ -84,9 +84,10 @@ def tile_for(
         kernel: "forward", "key" or "query".
         head_dims: of q and k, and of v; rounded up to powers of two.
         block_size: of the mask, for queries and keys.
-        with_mask: whether anything is hidden. with_score: whether there is a score mod.
+        with_lookup: whether the mask looks things up by query or key, as documents do.
+        with_score: whether there is a score mod.
     """
-    table = _table(where, dtype, with_mask, with_score)
+    table = _table(where, dtype, with_lookup, with_score)
     tile = table[kernel][max(64, *head_dims)]
     tile = fit_blocks(tile, block_size)
     while _shared_bytes(kernel, tile, dtype.itemsize, head_dims) > where.shared_memory:
@@ -101,11 +102,13 @@ def tile_for(
     return tile
 
 
-def _table(where: Architecture, dtype: torch.dtype, with_mask: bool, with_score: bool) -> _Table:
+def _table(where: Architecture, dtype: torch.dtype, with_lookup: bool, with_score: bool) -> _Table:
     if dtype == torch.float32 and where.name != "interpreter":
         return _SINGLE
     if where.name == "cuda" and where.capability[0] == 9:
-        return _SM90_WITH_SCORE if with_score else _SM90 if with_mask else _SM90_FULL
+        if with_score:
+            return _SM90_WITH_SCORE
+        return _SM90_WITH_LOOKUP if with_lookup else _SM90
     if where.name == "cuda" and where.capability[0] >= 10:
         return _SM100
     return _OTHER
@@ -129,9 +132,9 @@ def _shared_bytes(kernel: str, tile: Tile, size: int, head_dims: tuple[int, int]
 
 CANDIDATES = {  # of the search
     "forward": [
-        Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 4, 3),
-        Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(128, 32, 8, 3), Tile(64, 32, 4, 3),
-        Tile(128, 128, 4, 3), Tile(64, 128, 4, 2),
+        Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2),
+        Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(128, 32, 8, 3),
+        Tile(64, 32, 4, 3), Tile(128, 128, 4, 3), Tile(64, 128, 4, 2),
     ],
     "key": [
         Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(64, 128, 8, 3),

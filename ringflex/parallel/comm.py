@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringflex.masks.runs import Array
 from ringflex.parallel import timeline
+from ringflex.parallel.priority import transfer_group
 from ringflex.parallel.watch import watch
 
 _RECORD = 512  # bytes that each rank contributes to an agreement
@@ -36,6 +37,12 @@ class Communicator:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.on_gpu = "nccl" in dist.get_backend(group)
         self.bytes_sent = self.bytes_received = 0
+        self._transfers = group
+
+    def prepare(self) -> None:
+        """Makes ready for exchanges; all ranks of the group come here together."""
+        if self.on_gpu and self.size > 1:
+            self._transfers = transfer_group(self.group)
 
     @property
     def device(self) -> torch.device:
@@ -141,8 +148,9 @@ class Communicator:
                 been given. What it is given from now on runs at the same time.
             name, step: what is sent, at which step of a plan; for messages and timelines.
         """
-        ops = [dist.P2POp(dist.isend, x, group=self.group, group_peer=p) for p, x in sends]
-        ops += [dist.P2POp(dist.irecv, x, group=self.group, group_peer=p) for p, x in receives]
+        group = self._transfers
+        ops = [dist.P2POp(dist.isend, x, group=group, group_peer=p) for p, x in sends]
+        ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=p) for p, x in receives]
         self.bytes_sent += sum(x.nbytes for _, x in sends)
         self.bytes_received += sum(x.nbytes for _, x in receives)
         exchange = Exchange(self, sends, receives, name, step)

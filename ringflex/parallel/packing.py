@@ -74,6 +74,30 @@ def add(transfer: Transfer, message: Tensor, into: Pair, block_size: int) -> Non
     _place(transfer, message, into, block_size, add=True)
 
 
+def add_all(
+    transfers: Sequence[Transfer],
+    messages: Sequence[Tensor],
+    pair: Pair,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Pair:
+    """`pair` with the messages' blocks added, in `dtype`; `pair` itself may change."""
+    one = len(transfers) == 1 and len(transfers[0].blocks) == 1
+    pieces = list(_pieces(transfers[0], messages[0], pair, block_size)) if one else []
+    if not pieces or not all(isinstance(index, slice) for _, index, _ in pieces):
+        for transfer, message in zip(transfers, messages, strict=True):
+            add(transfer, message, pair, block_size)
+        return Pair(*(x.to(dtype) for x in pair))
+    result = Pair(*(torch.empty(x.shape, dtype=dtype, device=x.device) for x in pair))
+    for (blocks, index, piece), x in zip(pieces, result, strict=True):  # added and cast at once
+        assert isinstance(index, slice)
+        target = x.unflatten(2, (-1, block_size))
+        torch.add(blocks[:, :, index], piece, out=target[:, :, index])
+        for rest in (slice(0, index.start), slice(index.stop, None)):
+            target[:, :, rest].copy_(blocks[:, :, rest])
+    return result
+
+
 def _place(transfer: Transfer, message: Tensor, pair: Pair, block_size: int, *, add: bool) -> None:
     for blocks, index, piece in _pieces(transfer, message, pair, block_size):
         if isinstance(index, slice):

@@ -105,6 +105,8 @@ def plan(
     assert draft is not None
     if draft.layout is None:
         told = _tell(comm, partial(draft.settle, rank, told))
+    if comm is not None:
+        comm.prepare()
     plans = draft.plans(rank, told, comm)
     return plans if isinstance(mask_mod, Mapping) else plans[""]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, compute_dtype
 from ringflex.masks.trace import TracedMod
 from ringflex.parallel.comm import Communicator, Exchange
-from ringflex.parallel.packing import Pair, add, new_message, pack, unpack
+from ringflex.parallel.packing import Pair, add, add_all, new_message, pack, unpack
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.steps import Step, Transfer
 from ringflex.parallel.timeline import computing
@@ -74,7 +74,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the local q, k, v; adds into `dcaptures`.
 
-    dq has the dtype of q; so have dk and dv if there is one step, else that of accumulation.
+    In their dtypes, or those of accumulation.
 
     A kernel that computes dQ and dK/dV apart does the local dQ first and the local dK/dV last:
     beside the one the first K/V arrive, and beside the other the last dK/dV go home.
@@ -107,10 +107,10 @@ def backward(
     if apart and local.mask is not None:
         calls.run(0, local, Pair(k, v), home, queries=False, add=filled)
         filled = True
-    if returning is not None:
-        filled = returning.add_into(home, filled)
     if not filled:
         _zero(home)
+    if returning is not None:
+        home = returning.added_to(home, k.dtype)
     return calls.dq, *home
 
 
@@ -274,6 +274,12 @@ class _Return:
         for transfer, message in zip(self.step.collects, self.messages, strict=True):
             add(transfer, message, home, self.block_size)
         return filled or bool(self.messages)
+
+    def added_to(self, home: Pair, dtype: torch.dtype) -> Pair:
+        """`home` and what came home, in `dtype`."""
+        assert self.exchange is not None
+        self.exchange.wait()
+        return add_all(self.step.collects, self.messages, home, self.block_size, dtype)
 
 
 def _exchange(

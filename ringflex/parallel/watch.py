@@ -47,7 +47,7 @@ def watch(
         group: whose timeout counts.
     """
     global _thread
-    timeout = _timeout(group)
+    timeout = timeout_of(group)
     _pending.append(_Watched(works, done, name, time.monotonic() + _SHARE * timeout, timeout))
     if _thread is None or not _thread.is_alive():
         _thread = threading.Thread(target=_look, name="ringflex transfers", daemon=True)
@@ -79,7 +79,8 @@ def _is_over(watched: _Watched) -> bool:
     return True
 
 
-def _timeout(group: dist.ProcessGroup) -> float:
+def timeout_of(group: dist.ProcessGroup) -> float:
+    """Seconds after which NCCL's watchdog gives up."""
     name = group.group_name
     if name not in _timeouts:
         try:

@@ -146,6 +146,8 @@ def stress(device: torch.device) -> None:
         for name, x, want in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
             error = relative_error(x.detach(), want.detach())
             assert error < 2**-6, (step, name, layout, strategy, error)
+        if step % 100 == 0:
+            say(f"stress: step {step} after {time.perf_counter() - started:.0f} s")
         if step == STRESS_STEPS // 4:
             torch.cuda.synchronize()
             before = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
