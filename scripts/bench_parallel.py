@@ -331,8 +331,7 @@ def main() -> None:
         for m in arguments.masks
     ]
     if world.on_gpu:
-        processes = max(1, min(8, (os.cpu_count() or 2) // world.size - 1))
-        precompile(world, specs, arguments.peers, processes, seconds=240)
+        precompile(world, specs, arguments.peers, seconds=240)
         world.gather(None)
         say(f"compiled after {time.time() - started:.0f} s")
     if arguments.check:

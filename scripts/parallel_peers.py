@@ -27,7 +27,7 @@ import ringflex as rf
 from parallel_measure import Contender, Problem, Run, Spec, World, problem, silent
 
 FLEX = "torch flex, all-gather"
-_LONG = 65536  # tokens from which on a run takes as long as compiling
+_LONGEST = 65536  # tokens of what FlexAttention is compiled for ahead: more take much memory
 Peer = tuple[str, Callable[[], Contender]]  # made only when its turn comes, as that may fail
 
 
@@ -169,60 +169,65 @@ def one_gpu_sdpa(causal: bool) -> Contender:
     return Contender(name="SDPA cuDNN, one GPU", run=run)
 
 
-def precompile(
-    world: World, specs: list[Spec], with_peers: bool, processes: int, seconds: float
-) -> None:
-    """Fills the compile caches for this rank's device, in many processes, as compiling takes
-    longest. What fails here, or takes longer than `seconds`, is compiled again when needed."""
-    children = []
+def precompile(world: World, specs: list[Spec], with_peers: bool, seconds: float) -> None:
+    """Fills the compile caches, on rank 0 for all, in a process for each mask of ours and each
+    problem of FlexAttention, as compiling takes longest. What fails here, or takes longer than
+    `seconds`, is compiled again when needed."""
+    if world.rank:
+        return
+    shortest_last = sorted(specs, key=lambda s: -s.tokens)  # ours serve every length
+    jobs = [("ours", s) for s in {s.mask: s for s in shortest_last}.values()]
+    jobs += [("flex", s) for s in specs if with_peers and s.tokens <= _LONGEST]
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    for i in range(min(processes, len(specs))):
-        part = [[s.mask, s.tokens, s.heads, s.kv_heads, s.dim] for s in specs[i::processes]]
-        settings = json.dumps([str(world.device), world.rank, world.size, with_peers, part])
-        command = [sys.executable, __file__, settings]
-        children.append(subprocess.Popen(command, env=environment))
+    children = []
+    for i, (whose, s) in enumerate(jobs):
+        device = f"cuda:{i % torch.cuda.device_count()}"
+        problem = [s.mask, s.tokens, s.heads, s.kv_heads, s.dim]
+        settings = json.dumps([device, world.size, whose, *problem])
+        children.append(subprocess.Popen([sys.executable, __file__, settings], env=environment))
     end = time.monotonic() + seconds
-    for child in children:
+    for child, (whose, s) in zip(children, jobs, strict=True):
         try:
             child.wait(timeout=max(0.1, end - time.monotonic()))
         except subprocess.TimeoutExpired:
+            print(f"compiling {whose}, {s}: not done in {seconds} s", flush=True)
             child.kill()
             child.wait()
 
 
 def _compile(settings: str) -> None:
-    """What one of these processes does: forward and backward of ours (a ring that transfers
-    nothing) and of FlexAttention."""
-    name, rank, size, with_peers, part = json.loads(settings)
+    """What one of these processes does: forward and backward of ours (all ranks' rings, which
+    transfer nothing) or of FlexAttention, with zeros."""
+    name, size, whose, mask, tokens, heads, kv_heads, dim = json.loads(settings)
+    started = time.monotonic()
     device = torch.device(name)
     torch.cuda.set_device(device)
-    world = World(rank=rank, size=size, device=device, control=None)
-    for mask, tokens, heads, kv_heads, dim in part:
-        spec = Spec(
-            mask=mask, tokens=tokens, heads=heads, kv_heads=kv_heads, dim=dim, dtype=torch.bfloat16
-        )
-        p = problem(spec, device)
+    spec = Spec(
+        mask=mask, tokens=tokens, heads=heads, kv_heads=kv_heads, dim=dim, dtype=torch.bfloat16
+    )
+    p = problem(spec, device)
 
-        def both(run: Run, kv_len: int, spec: Spec = spec) -> None:
-            lengths = (spec.tokens // size, kv_len, kv_len)
-            leaves = [
-                torch.zeros(1, h, n, spec.dim, device=device, dtype=spec.dtype).requires_grad_()
-                for h, n in zip((spec.heads, spec.kv_heads, spec.kv_heads), lengths, strict=True)
-            ]
-            out = run(*leaves)
-            torch.autograd.grad(out, leaves, torch.zeros_like(out))
+    def both(run: Run, q_len: int, kv_len: int) -> None:
+        leaves = [
+            torch.zeros(1, h, n, dim, device=device, dtype=spec.dtype).requires_grad_()
+            for h, n in ((heads, q_len), (kv_heads, kv_len), (kv_heads, kv_len))
+        ]
+        out = run(*leaves)
+        torch.autograd.grad(out, leaves, torch.zeros_like(out))
 
-        try:
-            if tokens <= _LONG and tokens % (128 * size) == 0:  # all lengths use the same kernels
-                plan = silent(rf.plan_all(p.mask_mod, tokens, size, strategy="ring")[rank], world)
-                both(partial(rf.flex_attention, block_mask=plan, enable_gqa=True), tokens // size)
-            if with_peers:
-                positions = zigzag_positions(world, tokens)
-                both(_compiled_flex(spec, p, positions, device), tokens)
-        except Exception as error:
-            print(f"compiling {spec}: {error}"[:300], file=sys.stderr, flush=True)
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
+    worlds = [World(rank=r, size=size, device=device, control=None) for r in range(size)]
+    if whose == "flex":
+        positions = zigzag_positions(worlds[0], tokens)
+        both(_compiled_flex(spec, p, positions, device), positions.numel(), tokens)
+    else:
+        block_mask = rf.create_block_mask(p.mask_mod, None, None, tokens, tokens, device=device)
+        both(partial(rf.flex_attention, block_mask=block_mask, enable_gqa=True), tokens, tokens)
+        for plan, world in zip(
+            rf.plan_all(p.mask_mod, tokens, size, strategy="ring"), worlds, strict=True
+        ):
+            run = partial(rf.flex_attention, block_mask=silent(plan, world), enable_gqa=True)
+            both(run, plan.local_len, plan.local_len)
+    print(f"compiled {whose}, {spec}: {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

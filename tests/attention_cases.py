@@ -313,6 +313,7 @@ MASKS: dict[str, Callable[[Case], Callable[..., Tensor]]] = {
     "causal": lambda c: rf.causal(),
     "window": lambda c: rf.sliding_window(c.seq_len // 4, c.seq_len // 9),
     "causal window": lambda c: rf.causal() & rf.sliding_window(c.seq_len // 5),
+    "short window": lambda c: rf.causal() & rf.sliding_window(50),
     "document": lambda c: rf.document(random_documents(c.seq_len, 3)),
     "document rows": lambda c: rf.document(_document_rows(c)),
     "document lengths": lambda c: rf.document_from_lengths(

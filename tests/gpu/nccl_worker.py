@@ -128,20 +128,19 @@ def stress(device: torch.device) -> None:
     before = (0, 0)
     started = time.perf_counter()
     for step in range(STRESS_STEPS):
-        length = r.randint(900, 2000)
-        whole = [torch.randn(1, h, length, 64, device=device).bfloat16() for h in (4, 2, 2, 4)]
-        mask, score = random_mask(r, length, device), None
-        if r.random() < 0.3:
-            score = rf.softcap(20.0)
+        length, (mask, D) = random_problem(r, device)
+        whole = [torch.randn(1, h, length, D, device=device).bfloat16() for h in (4, 2, 2, 4)]
         layout, strategy = r.choice(LAYOUTS), r.choice(STRATEGIES)
-        plan = rf.plan(mask, length, groups[step % 2], layout=layout, strategy=strategy)
+        plan = rf.plan(
+            mask, length, groups[step % 2], layout=layout, strategy=strategy, block_size=64
+        )
         busy = dist.all_reduce(gradients, group=others, async_op=True)
-        found = run_sharded(plan, whole, score, [])
+        found = run_sharded(plan, whole, None, [])
         busy.wait()
         gradients.fill_(1)
         alone = [x.requires_grad_() for x in whole[:3]]
-        block_mask = rf.create_block_mask(mask, None, None, length, length)
-        out = rf.flex_attention(*alone, score, block_mask, enable_gqa=True)
+        block_mask = rf.create_block_mask(mask, None, None, length, length, BLOCK_SIZE=64)
+        out = rf.flex_attention(*alone, block_mask=block_mask, enable_gqa=True)
         wanted = [out, *torch.autograd.grad(out, alone, whole[3])]
         for name, x, want in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
             error = relative_error(x.detach(), want.detach())
@@ -159,17 +158,19 @@ def stress(device: torch.device) -> None:
     say(f"stress: {STRESS_STEPS} steps in {seconds:.0f} s; bytes held {before[0]} -> {after[0]}")
 
 
-def random_mask(r: random.Random, length: int, device: torch.device) -> Any:
-    kind = r.randrange(4)
+def random_problem(r: random.Random, device: torch.device) -> tuple[int, tuple[Any, int]]:
+    """A length, a mask and a head dim; the kernels are those of random_cases.py, but for a window
+    that is read from a tensor."""
+    length = r.randint(900, 2000)
+    kind = r.randrange(3)
     if kind == 0:
-        return rf.causal()
+        return length, (rf.causal(), 64)
     if kind == 1:
         width = torch.tensor(r.randint(1, 700), device=device)
-        return lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < width)
+        return length, (lambda b, h, q, kv: (q >= kv) & (q - kv < width), 64)
     cuts = torch.zeros(length, dtype=torch.int64)
     cuts[[r.randrange(length) for _ in range(r.randint(1, 12))]] = 1
-    ids = cuts.cumsum(0).to(device)
-    return rf.document(ids) if kind == 2 else rf.causal() & rf.document(ids)
+    return length, (rf.causal() & rf.document(cuts.cumsum(0).to(device)), 128)
 
 
 def fail(how: str, device: torch.device) -> None:

@@ -1,4 +1,5 @@
-"""200 random cases for several GPUs, of few enough kinds that kernels compile in a minute.
+"""200 random cases for several GPUs, of few enough kinds that kernels compile in a minute: no mask
+or score here has a number in it that differs from case to case.
 
     PYTHONPATH=tests python tests/gpu/random_cases.py 0   # those of the first kind, simulated
 
@@ -21,12 +22,12 @@ COUNT = 200
 KINDS = [  # mask, score, dtype, head dims
     ("causal", None, torch.bfloat16, (64, 64)),
     ("causal", "softcap", torch.float16, (64, 64)),
-    ("causal window", None, torch.float16, (128, 128)),
+    ("short window", None, torch.float16, (128, 128)),
     ("causal documents", None, torch.bfloat16, (128, 128)),
     ("causal documents", "relative", torch.float16, (64, 64)),
     ("mixed heads", "composed", torch.bfloat16, (64, 64)),
     ("prefix rows", "by position", torch.float16, (64, 32)),
-    ("tree", None, torch.bfloat16, (80, 80)),
+    ("near in time", None, torch.bfloat16, (80, 80)),
 ]
 
 
