@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringflex.masks.runs import Array, Runs
+from ringflex.masks.runs import Array, Runs, union
 from ringflex.masks.trace import TracedMod
 
 
@@ -74,14 +74,26 @@ class BlockMask:
             self.partial.transpose(self.q_blocks, self.kv_blocks),
         )
 
+    def needed_ranges(self) -> list[tuple[Array, Array]]:
+        """Per batch element (`[B]`): starts and ends of the ranges of K/V blocks that some query in
+        hand sees, in any head, ascending."""
+        pieces = [
+            (runs.row // (self.H * self.q_blocks), runs) for runs in (self.full, self.partial)
+        ]
+        b = np.concatenate([group for group, _ in pieces])
+        start = np.concatenate([runs.start for _, runs in pieces])
+        end = np.concatenate([runs.end for _, runs in pieces])
+        joined = union(b, start, end, self.B)
+        bounds = [slice(i, j) for i, j in zip(joined.indptr[:-1], joined.indptr[1:], strict=True)]
+        return [(joined.start[i], joined.end[i]) for i in bounds]
+
     def needed(self) -> Array:
         """bool `[B, kv_blocks]`: K/V blocks that some query in hand sees, in any head."""
-        delta = np.zeros((self.B, self.kv_blocks + 1), dtype=np.int64)
-        for runs in (self.full, self.partial):
-            b = runs.row // (self.H * self.q_blocks)
-            np.add.at(delta, (b, runs.start), 1)
-            np.add.at(delta, (b, runs.end), -1)
-        return np.cumsum(delta, axis=1)[:, :-1] > 0
+        found = np.zeros((self.B, self.kv_blocks), dtype=bool)
+        for row, ranges in zip(found, self.needed_ranges(), strict=True):
+            for start, end in zip(*ranges, strict=True):
+                row[start:end] = True
+        return found
 
     def select_kv(self, columns: list[Array]) -> BlockMask:
         """The mask over a K/V tensor that holds only some blocks, side by side.
@@ -93,16 +105,18 @@ class BlockMask:
         assert len(columns) == self.B
         width = max((c.size for c in columns), default=0)
         kv_starts = np.full((self.B, width), self.kv_limit, dtype=np.int64)
-        before = np.zeros((self.B, self.kv_blocks + 1), dtype=np.int64)
         for b, held in enumerate(columns):
             kv_starts[b, : held.size] = self.kv_starts[b % self.kv_starts.shape[0], held]
-            before[b, held + 1] = 1
-        before = np.cumsum(before, axis=1)
+        sizes = np.array([held.size for held in columns])
+        before = np.cumsum(sizes) - sizes
+        keys = np.concatenate([held + b * (self.kv_blocks + 1) for b, held in enumerate(columns)])
 
         def select(runs: Runs) -> Runs:
             row = runs.row
             b = row // (self.H * self.q_blocks)
-            return Runs.from_pieces(row, before[b, runs.start], before[b, runs.end], runs.rows)
+            at = b * (self.kv_blocks + 1)
+            start, end = (np.searchsorted(keys, at + x) - before[b] for x in (runs.start, runs.end))
+            return Runs.from_pieces(row, start, end, runs.rows)
 
         return BlockMask(
             mask=self.mask,

@@ -93,3 +93,21 @@ class Runs:
             event_row[~begins][ends],
             self.rows // rows_per_group * columns,
         )
+
+
+def union(row: Array, start: Array, end: Array, rows: int) -> Runs:
+    """The blocks that pieces cover, which may overlap; every piece has a block."""
+    order = np.lexsort((start, row))
+    row, start, end = row[order], start[order], end[order]
+    # Rows one after the other on one axis: what was covered up to a piece ends where it begins, or
+    # before, if a run begins with it.
+    shift = row * (int(end.max(initial=0)) + 1)
+    covered = np.maximum.accumulate(end + shift)
+    first = np.ones(row.size, dtype=bool)
+    first[1:] = (start + shift)[1:] > covered[:-1]
+    first[1:] |= row[1:] != row[:-1]
+    last = np.ones(row.size, dtype=bool)
+    last[:-1] = first[1:]
+    indptr = np.zeros(rows + 1, dtype=np.int64)
+    np.cumsum(np.bincount(row[first], minlength=rows), out=indptr[1:])
+    return Runs(indptr, start[first], (covered - shift)[last])

@@ -16,16 +16,10 @@ from ringflex.masks.builder import BlockMaskBuilder
 from ringflex.masks.runs import Array
 from ringflex.masks.trace import trace_mask
 from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
-from ringflex.parallel.needs import (
-    Survey,
-    balanced_layout,
-    best_layout,
-    chunk_blocks,
-    need_rows,
-    needs_of,
-)
+from ringflex.parallel.needs import Reads, need_rows, needs_of
 from ringflex.parallel.plan import Plan, stats_of
 from ringflex.parallel.steps import STRATEGIES, build_steps, received_blocks
+from ringflex.parallel.survey import Survey, balanced_layout, best_layout, chunk_blocks
 
 if TYPE_CHECKING:
     from ringflex.parallel.comm import Communicator
@@ -177,12 +171,13 @@ class Draft:
         assert layout is not None
         plans = {}
         for m, (name, builder) in enumerate(self.builders.items()):
-            needed, work = needs_of(told, m, builder.B, layout.blocks)
+            needs, work = needs_of(told, m, builder.B, layout.blocks)
+            reads = Reads(layout, needs)
             strategy = self.request.strategy
             if strategy == "auto":
-                strategy = _best_strategy(layout, needed)
+                strategy = min(STRATEGIES, key=lambda s: received_blocks(s, reads).max())
             rows = self.rows[rank][m]
-            steps = build_steps(strategy, rank, layout, needed, rows)
+            steps = build_steps(strategy, rank, reads, rows)
             plans[name] = Plan(
                 rank=rank,
                 world_size=layout.world_size,
@@ -190,13 +185,9 @@ class Draft:
                 strategy=strategy,
                 rows=rows,
                 steps=steps,
-                needed=needed,
+                needs=needs,
                 stats=stats_of(layout, rank, steps, work.tolist(), builder.B),
                 identity=f"{digest} {name} {layout.name} {strategy}",
                 comm=comm,
             )
         return plans
-
-
-def _best_strategy(layout: Layout, needed: Array) -> str:
-    return min(STRATEGIES, key=lambda s: received_blocks(s, layout, needed).max())

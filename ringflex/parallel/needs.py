@@ -1,140 +1,24 @@
-"""What the ranks of a plan tell each other of a mask, as rows of int64. Pure.
+"""Which K/V blocks each rank's queries see, as ranges, and what follows from a layout. Pure.
 
-Before the layout is chosen, each rank surveys an equal contiguous share of the queries: the work
-and the needs of each chunk of blocks, a bit per chunk of K/V. Once it is, each rank tells which
-blocks its own queries need, exactly.
-
-Legend: W ranks, C chunks, K = layers * C columns (see balance.py).
+Each rank tells its own, in rows of int64; nothing here grows with ranks times blocks. A *reader* is
+the rank whose queries see a block, an *owner* the rank that holds it; their *distance* is how far
+the reader comes after the owner, around the ring.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from ringflex.masks.block_mask import BlockMask
-from ringflex.masks.runs import Array
-from ringflex.parallel.balance import balance, received
-from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
+from ringflex.masks.runs import Array, counting
+from ringflex.parallel.layout import Layout
 
-# What receiving a K/V block costs beside the computation it hides behind, in visible blocks
-# computed: about half its transfer on NVLink, in bf16 with four query heads to a K/V head.
-_BLOCKS_PER_TRANSFER = 2.5
-# The balanced layout counts a block received for so many times that: within its limit of balance
-# it saves bytes, which other traffic may want, rather than the last percent of work.
-_THRIFT = 16
-
-_CHUNKS = 2048  # of one layer; more layers share the room
-_GAIN = 0.05  # what a balanced layout might at best save, to be worth looking for
-_LEAD = 0.02  # what it must then really save
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Survey:
-    """The masks of a plan in outline, of all queries or of some.
-
-    Attributes:
-        chunk: blocks per chunk.
-        heads: the work of one block over each mask's heads is this much.
-        work: of each chunk of queries, int64 `[chunks]`, over all masks and batch elements.
-        need: bool `[chunks, K]`: the K/V chunks that it sees.
-    """
-
-    chunk: int
-    heads: int
-    work: Array
-    need: Array
-
-    @classmethod
-    def of(cls, masks: Sequence[BlockMask], chunk: int) -> Survey:
-        """Of the queries of some rows, against the whole sequence. All masks weigh the same."""
-        heads = math.lcm(*(mask.H for mask in masks))
-        work, needs = np.zeros(masks[0].q_blocks // chunk, dtype=np.int64), []
-        for mask in masks:
-            chunks, columns = mask.q_blocks // chunk, mask.kv_blocks // chunk
-            edges = np.zeros((chunks, mask.B, columns + 1), dtype=np.int32)
-            for runs in (mask.full, mask.partial):
-                layer, block = np.divmod(runs.row, mask.q_blocks)
-                at = block // chunk, layer // mask.H
-                np.add.at(edges, (*at, runs.start // chunk), 1)
-                np.add.at(edges, (*at, (runs.end - 1) // chunk + 1), -1)
-                blocks = np.bincount(at[0], runs.end - runs.start, chunks).astype(np.int64)
-                work += heads // mask.H * blocks
-            needs.append((np.cumsum(edges, axis=2)[:, :, :-1] > 0).reshape(chunks, -1))
-        return cls(chunk=chunk, heads=heads, work=work, need=np.concatenate(needs, axis=1))
-
-    def rows(self) -> Array:
-        """int64 `[chunks, 1 + words]`: work, and needs as bits."""
-        bits = np.packbits(self.need, axis=1)
-        bits = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 8)))
-        return np.concatenate([self.work[:, None], bits.view(np.int64)], axis=1)
-
-    @classmethod
-    def from_rows(cls, rows: Array, chunk: int, heads: int, columns: int) -> Survey:
-        """What `rows` said, of all ranks one after the other."""
-        bits = np.ascontiguousarray(rows[:, 1:]).view(np.uint8)
-        need = np.unpackbits(bits, axis=1, count=columns).astype(bool)
-        return cls(chunk=chunk, heads=heads, work=rows[:, 0], need=need)
-
-    def slowest(self, owner: Array, world_size: int) -> float:
-        """When the slowest rank is done computing and receiving, in visible blocks computed."""
-        work = np.bincount(owner, self.work, world_size) / self.heads
-        moved = received(self.need, owner, world_size) * self.chunk
-        return float((work + _BLOCKS_PER_TRANSFER * moved).max())
-
-    def bound(self, world_size: int) -> float:
-        """No layout's `slowest` is less: one row may see more than a rank holds."""
-        chunks, columns = self.need.shape
-        most = int(self.need.sum(axis=1).max()) - columns // world_size
-        work = int(self.work.sum()) / world_size / self.heads
-        return work + _BLOCKS_PER_TRANSFER * self.chunk * max(0, most)
-
-
-def chunk_blocks(real_blocks: int, world_size: int, layers: int) -> int:
-    """Blocks per chunk of a survey: 1 up to 2,048 blocks of one layer."""
-    share = -(-real_blocks // world_size)
-    most = max(int(_CHUNKS / math.sqrt(layers)), 4 * world_size)
-    least = -(-share // (most // world_size))
-    # Padding is less than a chunk on each rank, and none if a divisor is near.
-    return next((size for size in range(least, 2 * least) if share % size == 0), least)
-
-
-def balanced_layout(survey: Survey, seq_len: int, world_size: int, block_size: int) -> Layout:
-    """Every rank the same work within two percent, then as few blocks received as can be found."""
-    transfer = round(_THRIFT * _BLOCKS_PER_TRANSFER * survey.chunk * survey.heads)
-    owner = balance(survey.work, survey.need, world_size, transfer=transfer)
-    return Layout(
-        name="balanced",
-        seq_len=seq_len,
-        world_size=world_size,
-        block_size=block_size,
-        owner=np.repeat(owner, survey.chunk),
-    )
-
-
-def best_layout(survey: Survey, seq_len: int, world_size: int, block_size: int) -> Layout:
-    """The layout whose slowest rank, computing and receiving, is done first.
-
-    Simple layouts are preferred where a balanced one could save little. Stripes of single blocks
-    are not seen by a survey of larger chunks, and left out.
-    """
-    sizes = seq_len, world_size, block_size
-    first = np.arange(survey.work.size) * survey.chunk  # block of each chunk
-    costs = []
-    for name in LAYOUTS:
-        if name != "striped" or survey.chunk == 1:
-            layout = make_layout(name, *sizes)
-            owner = layout.owner[np.minimum(first, layout.blocks - 1)]
-            costs.append((survey.slowest(owner, world_size), layout))
-    cost, best = min(costs, key=lambda pair: pair[0])
-    if cost * (1 - _GAIN) <= survey.bound(world_size):
-        return best
-    balanced = balanced_layout(survey, *sizes)
-    lower = survey.slowest(balanced.owner[first], world_size) < cost * (1 - _LEAD)
-    return balanced if lower else best
+_AT_ONCE = 1 << 21  # pieces
+_Ranges = tuple[Array, Array, Array, Array]  # reader, group, start, end
 
 
 def need_rows(masks: Sequence[BlockMask]) -> Array:
@@ -142,21 +26,171 @@ def need_rows(masks: Sequence[BlockMask]) -> Array:
     (mask, start, end) for each range of blocks needed, batch elements laid end to end."""
     records = []
     for m, mask in enumerate(masks):
-        edges = np.diff(mask.needed().reshape(-1).astype(np.int8), prepend=0, append=0)
-        starts, ends = np.flatnonzero(edges > 0), np.flatnonzero(edges < 0)
-        ranges = np.stack([np.full(starts.size, m), starts, ends], axis=1)
-        records += [np.array([[m, -1, mask.visible_blocks]]), ranges]
+        for b, (start, end) in enumerate(mask.needed_ranges()):
+            at = b * mask.kv_blocks
+            records.append(np.stack([np.full(start.size, m), at + start, at + end], axis=1))
+        records.append(np.array([[m, -1, mask.visible_blocks]]))
     return np.concatenate(records).astype(np.int64)
 
 
-def needs_of(told: Sequence[Array], mask: int, groups: int, blocks: int) -> tuple[Array, Array]:
-    """Of one mask, from all ranks' rows: needed bool `[W, groups, blocks]`, work int64 `[W]`."""
-    needed = np.zeros((len(told), groups * blocks), dtype=bool)
+def needs_of(told: Sequence[Array], mask: int, groups: int, blocks: int) -> tuple[Needs, Array]:
+    """Of one mask, from all ranks' rows: the needs, and the work int64 `[W]`."""
+    counts = [rows.shape[0] for rows in told]
+    rank = np.repeat(np.arange(len(told)), counts)
+    rows = np.concatenate(told)
+    mine = rows[:, 0] == mask
+    rank, start, end = rank[mine], rows[mine, 1], rows[mine, 2]
     work = np.zeros(len(told), dtype=np.int64)
-    for rank, rows in enumerate(told):
-        for _, start, end in rows[rows[:, 0] == mask]:
-            if start < 0:
-                work[rank] = end
-            else:
-                needed[rank, start:end] = True
-    return needed.reshape(-1, groups, blocks), work
+    total = start < 0
+    work[rank[total]] = end[total]
+    rank, start, end = rank[~total], start[~total], end[~total]
+    group = start // blocks
+    shift = group * blocks
+    needs = Needs(len(told), groups, blocks, rank, group, start - shift, end - shift)
+    return needs, work
+
+
+@dataclass(frozen=True, eq=False)
+class Needs:
+    """K/V blocks that the queries of each rank see, own ones included.
+
+    Attributes:
+        world_size, groups, blocks: ranks, batch elements that the mask distinguishes, and blocks
+            of the padded sequence.
+        rank, group, start, end: of each range, int64 `[ranges]`.
+    """
+
+    world_size: int
+    groups: int
+    blocks: int
+    rank: Array
+    group: Array
+    start: Array
+    end: Array
+
+    def dense(self) -> Array:
+        """bool `[W, groups, blocks]`: for tests and pictures."""
+        edges = np.zeros((self.world_size, self.groups, self.blocks + 1), dtype=np.int32)
+        np.add.at(edges, (self.rank, self.group, self.start), 1)
+        np.add.at(edges, (self.rank, self.group, self.end), -1)
+        return np.cumsum(edges, axis=2)[:, :, :-1] > 0
+
+
+class Reads:
+    """Needs on a layout: who reads what from whom.
+
+    Attributes:
+        received: blocks that each rank reads from others, int64 `[W]`.
+        distances: bool `[W]`: whether anybody reads at a distance.
+    """
+
+    def __init__(self, layout: Layout, needs: Needs) -> None:
+        self.layout, self.needs = layout, needs
+        first = np.flatnonzero(np.diff(layout.owner, prepend=-1))  # where stretches of one owner
+        self._first, self._owner = first, layout.owner[first]  # begin, and whose they are
+        W = layout.world_size
+        self.received = np.zeros(W, dtype=np.int64)
+        self.distances = np.zeros(W, dtype=bool)
+        for reader, _, owner, start, end in self._pieces(self._all()):
+            away = reader != owner
+            self.received += np.bincount(reader[away], (end - start)[away], W).astype(np.int64)
+            self.distances[np.unique((reader - owner)[away] % W)] = True
+
+    def by(self, rank: int) -> list[dict[int, Array]]:
+        """Per group: by owner, the blocks that a rank's queries see of others, ascending."""
+        mine = self.needs.rank == rank
+        return self._sorted(self._pieces(self._some(mine)), of_owner=True, rank=rank)
+
+    def of(self, rank: int) -> list[dict[int, Array]]:
+        """Per group: by reader, the blocks that others see of a rank's, ascending."""
+        return self._sorted(self._pieces(self._all(), rank), of_owner=False, rank=rank)
+
+    @cached_property
+    def furthest(self) -> Array:
+        """int64 `[groups, blocks]`: the greatest distance at which a block is read; 0 if none."""
+        W, shape = self.layout.world_size, (self.needs.groups, self.needs.blocks)
+        found = np.zeros(shape, dtype=np.int64)
+        for reader, group, owner, start, end in self._pieces(self._all()):
+            # Many ranks may read the same stretch: only the last of them counts.
+            distance = (reader - owner) % W
+            order = np.lexsort((distance, end, start, group))
+            group, start, end = group[order], start[order], end[order]
+            last = np.ones(order.size, dtype=bool)
+            last[:-1] = (np.diff(group) != 0) | (np.diff(start) != 0) | (np.diff(end) != 0)
+            group, start, end = group[last], start[last], end[last]
+            width = end - start
+            at = np.repeat(group, width), np.repeat(start, width) + counting(width)
+            np.maximum.at(found, at, np.repeat(distance[order][last], width))
+        return found
+
+    def passed_on(self) -> Array:
+        """Blocks that come to each rank where they go from neighbour to neighbour, int64 `[W]`."""
+        W = self.layout.world_size
+        change = np.zeros(2 * W + 1, dtype=np.int64)  # ranks around the ring, twice
+        far = self.furthest
+        group, block = np.nonzero(far)
+        owner = self.layout.owner[block]
+        np.add.at(change, owner + 1, 1)
+        np.add.at(change, owner + 1 + far[group, block], -1)
+        comes = np.cumsum(change)[:-1]
+        return comes[:W] + comes[W:]
+
+    def _all(self) -> _Ranges:
+        n = self.needs
+        return n.rank, n.group, n.start, n.end
+
+    def _some(self, which: Array) -> _Ranges:
+        reader, group, start, end = self._all()
+        return reader[which], group[which], start[which], end[which]
+
+    def _pieces(self, ranges: _Ranges, owned_by: int | None = None) -> Iterator[tuple[Array, ...]]:
+        """Ranges cut where owners change, many at a time: reader, group, owner, start, end."""
+        first, owners = self._first, self._owner
+        if owned_by is not None:
+            keep = np.flatnonzero(owners == owned_by)
+            first, owners = first[keep], owners[keep]
+            after = np.append(self._first, self.layout.blocks)[keep + 1]
+        else:
+            after = np.append(first[1:], self.layout.blocks)
+        reader, group, start, end = ranges
+        low = np.searchsorted(after, start, side="right")
+        high = np.searchsorted(first, end, side="left")
+        count = np.maximum(high - low, 0)
+        total = np.cumsum(count)
+        begin = 0
+        while begin < count.size:
+            done = int(total[begin - 1]) if begin else 0
+            stop = max(begin + 1, int(np.searchsorted(total, done + _AT_ONCE, side="right")))
+            some = slice(begin, stop)
+            stretch = np.repeat(low[some], count[some]) + counting(count[some])
+            which = np.repeat(np.arange(begin, stop), count[some])
+            yield (
+                reader[which],
+                group[which],
+                owners[stretch],
+                np.maximum(start[which], first[stretch]),
+                np.minimum(end[which], after[stretch]),
+            )
+            begin = stop
+
+    def _sorted(
+        self, pieces: Iterator[tuple[Array, ...]], *, of_owner: bool, rank: int
+    ) -> list[dict[int, Array]]:
+        found: list[dict[int, Array]] = [{} for _ in range(self.needs.groups)]
+        parts = [np.stack(piece) for piece in pieces]
+        if not parts:
+            return found
+        reader, group, owner, start, end = np.concatenate(parts, axis=1)
+        peer = owner if of_owner else reader
+        order = np.lexsort((start, peer, group))
+        order = order[peer[order] != rank]
+        if not order.size:
+            return found
+        group, peer, start, end = group[order], peer[order], start[order], end[order]
+        width = end - start
+        blocks = np.repeat(start, width) + counting(width)
+        edges = np.flatnonzero((np.diff(group, prepend=-1) != 0) | (np.diff(peer, prepend=-1) != 0))
+        before = np.concatenate([[0], np.cumsum(width)])
+        for i, j in zip(edges, np.append(edges[1:], group.size), strict=True):
+            found[int(group[i])][int(peer[i])] = blocks[before[i] : before[j]]
+        return found

@@ -78,7 +78,7 @@ def _draw_work(plan: Plan, axes: Any, colours: Any) -> None:
 
 def _draw_sends(plan: Plan, axes: Any, figure: Any) -> None:
     W, layout = plan.world_size, plan.layout
-    needs = plan.needed.sum(axis=1)  # [reader, blocks]
+    needs = plan.needs.dense().sum(axis=1)  # [reader, blocks]
     blocks = np.stack([needs[:, layout.owner == owner].sum(axis=1) for owner in range(W)], axis=1)
     np.fill_diagonal(blocks, 0)
     image = axes.imshow(blocks, cmap="cividis", vmin=0, vmax=max(1, blocks.max()))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ringflex.kernels.contract import compute_dtype
 from ringflex.masks.block_mask import BlockMask
-from ringflex.masks.runs import Array
 from ringflex.parallel.layout import Layout
+from ringflex.parallel.needs import Needs
 from ringflex.parallel.steps import Step
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Plan:
         strategy: "ring", "direct" or "all_gather".
         rows: block mask of this rank's queries against the whole sequence.
         steps: the local step, then one per arrival.
-        needed: bool `[W, batch groups, blocks]`: which K/V blocks each rank's queries see.
+        needs: which K/V blocks each rank's queries see.
         stats: what it computes and moves.
         identity: what all ranks must have made alike, in words and digits.
         comm: the communicator; None in plans made without a process group.
@@ -114,7 +114,7 @@ class Plan:
     strategy: str
     rows: BlockMask
     steps: tuple[Step, ...]
-    needed: Array
+    needs: Needs
     stats: PlanStats
     identity: str
     comm: Communicator | None = field(default=None, repr=False)

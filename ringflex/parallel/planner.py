@@ -13,6 +13,7 @@ from ringflex.masks.runs import Array
 from ringflex.parallel.comm import Communicator, communicator
 from ringflex.parallel.draft import Draft, MaskFunction, Request
 from ringflex.parallel.layout import Layout
+from ringflex.parallel.needs import need_rows, needs_of
 from ringflex.parallel.plan import Plan, stats_of
 from ringflex.parallel.steps import Step
 
@@ -159,7 +160,7 @@ def single_device_plan(block_mask: BlockMask) -> Plan:
         )
         block_mask.cache["plan"] = {
             "layout": layout,
-            "needed": block_mask.needed()[None],
+            "needs": needs_of([need_rows([block_mask])], 0, block_mask.B, block_mask.kv_blocks)[0],
             "stats": stats_of(layout, 0, steps, [block_mask.visible_blocks], block_mask.B),
             "cache": {},
         }

@@ -7,7 +7,6 @@ strategies differ only in these lists; one loop runs them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from ringflex.kernels.stages import Stage, stages_of
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array
-from ringflex.parallel.layout import Layout
+from ringflex.parallel.needs import Reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,129 +65,111 @@ class Step:
     collects: tuple[Transfer, ...] = ()
 
 
-def build_steps(
-    strategy: str, rank: int, layout: Layout, needed: Array, rows: BlockMask
-) -> tuple[Step, ...]:
+def build_steps(strategy: str, rank: int, reads: Reads, rows: BlockMask) -> tuple[Step, ...]:
     """The steps of `rank`; the first is the local one.
 
     Args:
         strategy: "ring", "direct" or "all_gather".
-        needed: bool `[W, MB, blocks]`: what each rank needs, per batch element that the mask
-            distinguishes. Needs of a rank on its own blocks do not matter.
+        reads: what every rank reads, per batch element that the mask distinguishes.
         rows: block mask of this rank's queries against the whole sequence.
     """
-    return _Planner(rank, layout, needed, rows).steps(strategy)
+    return _Planner(rank, reads, rows).steps(strategy)
+
+
+_Held = list[Array]  # per batch element that the mask distinguishes: global blocks, ascending
 
 
 class _Planner:
-    def __init__(
-        self, rank: int, layout: Layout, needed: Array, rows: BlockMask | None = None
-    ) -> None:
-        self.rank, self.layout, self.needed, self.rows = rank, layout, needed, rows
-        self.world = layout.world_size
-        self.owned = layout.owner[None, :] == np.arange(self.world)[:, None]  # [W, blocks]
-        self.local = np.cumsum(self.owned[rank]) - 1  # global block -> position in local K/V
+    def __init__(self, rank: int, reads: Reads, rows: BlockMask) -> None:
+        self.rank, self.reads, self.rows = rank, reads, rows
+        self.layout, self.world, self.groups = (
+            reads.layout, reads.layout.world_size, reads.needs.groups,
+        )  # fmt: skip
+        self.seen, self.shown = reads.by(rank), reads.of(rank)
+        self.local: _Held = [self.layout.blocks_of(rank)] * self.groups
 
     def steps(self, strategy: str) -> tuple[Step, ...]:
-        mine = np.broadcast_to(self.owned[self.rank], self.needed.shape[1:])
-        steps = [Step(mask=self._mask(mine), width=int(self.owned[self.rank].sum()))]
-        held = mine  # what the previous step's buffer holds: bool [MB, blocks]
-        for distances in _schedule(strategy, self.reads()):
+        steps = [Step(mask=self.rows_on(self.local), width=self.local[0].size)]
+        held = self.local  # what the previous step's buffer holds
+        for distances in _schedule(strategy, self.reads.distances):
             step, held = self._step(strategy, distances, held)
             steps.append(step)
         stages = stages_of([step.mask for step in steps])
         return tuple(replace(step, stage=s) for step, s in zip(steps, stages, strict=True))
 
-    def reads(self) -> Array:
-        """bool `[W, W]`: whether the rank at `distance` after `owner` needs a block of it."""
-        needs: Array = np.asarray(self.needed.any(axis=1))  # [W, blocks]
-        at = np.zeros((self.world, self.world), dtype=bool)
-        for reader in range(self.world):
-            owners = self.layout.owner[needs[reader]]
-            at[owners, (reader - owners) % self.world] = True
-        return at
-
-    def _step(self, strategy: str, distances: list[int], held: Array) -> tuple[Step, Array]:
+    def _step(self, strategy: str, distances: list[int], held: _Held) -> tuple[Step, _Held]:
         """The step that serves some distances, and what its buffer holds."""
         W, rank = self.world, self.rank
-        arrivals = ARRIVALS[strategy]
-        wanted = {d: arrivals(self, rank, d) for d in distances}
-        arriving: Array = np.asarray(np.stack(list(wanted.values())).any(axis=0))
-        place = np.cumsum(arriving, axis=1) - 1  # global block -> position in this buffer
-        home = np.broadcast_to(self.local, arriving.shape)
         ring = strategy == "ring"
         passes_on = ring and distances[0] > 1
+        comes = {d: self._arrivals(strategy, rank, d) for d in distances}
+        arriving = [np.sort(np.concatenate(parts)) for parts in zip(*comes.values(), strict=True)]
         receives, sends, returns, collects = [], [], [], []
         for d in distances:
             owner, reader = (rank - d) % W, (rank + d) % W  # reader: the rank whose owner we are
             source, target = ((rank - 1) % W, (rank + 1) % W) if ring else (owner, reader)
-            receives.append(_transfer(source, wanted[d], place))
-            leaves = np.cumsum(held, axis=1) - 1 if passes_on else home
-            sends.append(_transfer(target, arrivals(self, target, d), leaves))
-            returns.append(_transfer(owner, self.needed[rank] & self.owned[owner], place))
-            collects.append(_transfer(reader, self.needed[reader] & self.owned[rank], home))
+            receives.append(_transfer(source, comes[d], arriving))
+            leaves = self._arrivals(strategy, target, d)
+            sends.append(_transfer(target, leaves, held if passes_on else self.local))
+            returns.append(_transfer(owner, self._between(self.seen, owner), arriving))
+            collects.append(_transfer(reader, self._between(self.shown, reader), self.local))
         step = Step(
             receives=_nonempty(receives),
             sends=_nonempty(sends),
             passes_on=passes_on,
-            mask=self._mask(arriving),
-            width=int(arriving.sum(axis=1).max()),
+            mask=self.rows_on(arriving),
+            width=max(blocks.size for blocks in arriving),
             returns=_nonempty(returns),
             collects=_nonempty(collects),
         )
         return step, arriving
 
-    def _mask(self, held: Array) -> BlockMask | None:
-        """The local queries against a buffer that holds some blocks: bool `[MB, blocks]`."""
-        assert self.rows is not None
-        mask = self.rows.select_kv([np.flatnonzero(row) for row in held])
+    def rows_on(self, held: _Held) -> BlockMask | None:
+        """The local queries against a buffer that holds some blocks; None if they see nothing."""
+        mask = self.rows.select_kv(held)
         return mask if mask.visible_blocks else None
 
-    def ring_arrivals(self, rank: int, distance: int) -> Array:
-        """What comes to `rank` at step `distance`: all that a rank from here on still needs."""
+    def _between(self, blocks: list[dict[int, Array]], peer: int) -> _Held:
+        return [of_group.get(peer, _NOTHING) for of_group in blocks]
+
+    def _arrivals(self, strategy: str, rank: int, distance: int) -> _Held:
+        """What comes to `rank`, this one or the one that this one sends to, from the owner at a
+        distance: by the ring, what a rank from there on still reads; directly, what it reads
+        itself; to all, everything but padding."""
         owner = (rank - distance) % self.world
-        further = [(owner + d) % self.world for d in range(distance, self.world)]
-        return self.needed[further].any(axis=0) & self.owned[owner]
-
-    def direct_arrivals(self, rank: int, distance: int) -> Array:
-        """What comes to `rank` from the owner at `distance`: just what it needs."""
-        return self.needed[rank] & self.owned[(rank - distance) % self.world]
-
-    def all_arrivals(self, rank: int, distance: int) -> Array:
-        """Everything that the owner at `distance` holds, padding apart."""
-        real = np.arange(self.layout.blocks) < self.layout.real_blocks
-        return np.broadcast_to(
-            self.owned[(rank - distance) % self.world] & real, self.needed.shape[1:]
-        )
+        if strategy == "direct":
+            if rank == self.rank:
+                return self._between(self.seen, owner)
+            return self._between(self.shown, rank)
+        blocks = self.layout.blocks_of(owner)
+        if strategy == "all_gather":
+            return [blocks[blocks < self.layout.real_blocks]] * self.groups
+        return [blocks[far[blocks] >= distance] for far in self.reads.furthest]
 
 
-ARRIVALS: dict[str, Callable[[_Planner, int, int], Array]] = {
-    "ring": _Planner.ring_arrivals,
-    "direct": _Planner.direct_arrivals,
-    "all_gather": _Planner.all_arrivals,
-}
-STRATEGIES = tuple(ARRIVALS)
+_NOTHING = np.zeros(0, dtype=np.int64)
+STRATEGIES = ("ring", "direct", "all_gather")
 
 
-def received_blocks(strategy: str, layout: Layout, needed: Array) -> Array:
+def received_blocks(strategy: str, reads: Reads) -> Array:
     """int64 `[W]`: K/V blocks that each rank receives, summed over the mask's batch elements."""
-    W = layout.world_size
-    planner = _Planner(0, layout, needed)
-    arrivals = ARRIVALS[strategy]
-    return np.array(
-        [sum(int(arrivals(planner, r, d).sum()) for d in range(1, W)) for r in range(W)]
-    )
+    if strategy == "direct":
+        return reads.received
+    if strategy == "ring":
+        return reads.passed_on()
+    layout = reads.layout
+    real = np.bincount(layout.owner[: layout.real_blocks], minlength=layout.world_size)
+    return reads.needs.groups * (layout.real_blocks - real)
 
 
-def _schedule(strategy: str, reads: Array) -> list[list[int]]:
+def _schedule(strategy: str, read: Array) -> list[list[int]]:
     """The distances to owners that each step after the local one serves; idle ones are left out.
 
     Args:
-        reads: bool `[W, W]`: whether the rank at a distance (second axis) after an owner (first)
-            needs a block of it.
+        read: bool `[W]`: whether anybody reads at a distance.
     """
-    every = list(range(1, reads.shape[0]))
-    busy = [d for d in every if reads[:, d].any()]
+    every = list(range(1, read.size))
+    busy = [d for d in every if read[d]]
     if strategy == "all_gather":
         return [every] if every else []
     if strategy == "ring":  # what goes far passes through all ranks before
@@ -196,9 +177,9 @@ def _schedule(strategy: str, reads: Array) -> list[list[int]]:
     return [[d] for d in busy]
 
 
-def _transfer(peer: int, chosen: Array, place: Array) -> Transfer:
-    """`chosen` bool `[MB, blocks]`, by their positions `place` in a buffer."""
-    return Transfer(peer, tuple(p[c] for c, p in zip(chosen, place, strict=True)))
+def _transfer(peer: int, chosen: _Held, buffer: _Held) -> Transfer:
+    """`chosen` blocks, by their positions in what a buffer holds."""
+    return Transfer(peer, tuple(np.searchsorted(b, c) for c, b in zip(chosen, buffer, strict=True)))
 
 
 def _nonempty(transfers: list[Transfer]) -> tuple[Transfer, ...]:

@@ -21,7 +21,7 @@ from rank_pool import RankPool
 from ringflex.masks.builder import create_block_mask
 from ringflex.parallel import draft as draft_module
 from ringflex.parallel.balance import balance, received
-from ringflex.parallel.needs import Survey, balanced_layout, best_layout, chunk_blocks
+from ringflex.parallel.survey import Survey, balanced_layout, best_layout, chunk_blocks
 from ringflex.parallel.swaps import Deal, Problem
 
 TOKENS = 65536

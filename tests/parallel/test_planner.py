@@ -36,7 +36,7 @@ def fingerprint(plan: rf.Plan) -> tuple[Any, ...]:
         for step in plan.steps
     ]
     layout = (plan.layout.name, plan.layout.owner.tolist(), plan.strategy)
-    return layout, steps, plan.needed.tolist(), plan.stats, plan.describe()
+    return layout, steps, plan.needs.dense().tolist(), plan.stats, plan.describe()
 
 
 # What is received.

@@ -44,11 +44,11 @@ def by_pair(
 
 def play(plans: list[rf.Plan]) -> None:
     """Plays the steps of all ranks and checks each against its peers and the mask."""
-    layout, groups = plans[0].layout, plans[0].needed.shape[1]
+    layout, groups = plans[0].layout, plans[0].needs.groups
     local: list[Buffer] = [[layout.blocks_of(p.rank)] * groups for p in plans]
     held = local
     assert len({len(p.steps) for p in plans}) == 1
-    returned = np.zeros_like(plans[0].needed)
+    returned = np.zeros_like(plans[0].needs.dense())
     seen = [np.zeros_like(p.rows.block_map()) for p in plans]
     for i, steps in enumerate(zip(*(p.steps for p in plans))):
         if i == 0:
@@ -69,7 +69,7 @@ def play(plans: list[rf.Plan]) -> None:
                     assert not returned[rank, group, blocks].any()  # once only
                     returned[rank, group, blocks] = True
     remote = layout.owner[None, :] != np.arange(layout.world_size)[:, None]  # [W, blocks]
-    assert (returned == plans[0].needed & remote[:, None]).all()
+    assert (returned == plans[0].needs.dense() & remote[:, None]).all()
     for plan in plans:
         assert (seen[plan.rank] == plan.rows.block_map()).all()
 
@@ -81,7 +81,7 @@ def arrive(plans: list[rf.Plan], i: int, held: list[Buffer], local: list[Buffer]
     sent = by_pair([s.sends for s in steps], sources, outgoing=True)
     arrived: list[Buffer] = []
     for plan, step in zip(plans, steps):
-        buffer = [np.full(step.width, -1) for _ in range(plans[0].needed.shape[1])]
+        buffer = [np.full(step.width, -1) for _ in range(plans[0].needs.groups)]
         for transfer in step.receives:
             assert transfer.count > 0
             message = sent[transfer.peer, plan.rank].pop(0)
@@ -113,7 +113,7 @@ def look(plan: rf.Plan, mask: rf.BlockMask, buffer: Buffer, seen: Array) -> None
 def check_needs(case: Case, plans: list[rf.Plan]) -> None:
     """What is needed, sent and counted, against the dense mask."""
     W, layout, size = plans[0].world_size, plans[0].layout, case.block_size
-    groups = plans[0].needed.shape[1]
+    groups = plans[0].needs.groups
     padded = layout.blocks * size
     dense = np.zeros((case.B, padded, padded), dtype=bool)
     dense[:, : case.seq_len, : case.seq_len] = dense_mask(case).any(dim=1).numpy()
@@ -123,7 +123,7 @@ def check_needs(case: Case, plans: list[rf.Plan]) -> None:
     if groups == 1:  # the mask is common to the batch
         assert (needed == needed[:, :1]).all()
     needed = needed[:, :groups]
-    assert (plans[0].needed == needed).all()
+    assert (plans[0].needs.dense() == needed).all()
 
     owned = layout.owner[None, :] == np.arange(W)[:, None]
     real = int((np.arange(layout.blocks) < layout.real_blocks).sum())

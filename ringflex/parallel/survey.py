@@ -1,0 +1,136 @@
+"""The masks of a plan in outline, as rows of int64, and the layouts that follow. Pure.
+
+Before the layout is chosen, each rank surveys an equal contiguous share of the queries: the work
+and the needs of each chunk of blocks, a bit per chunk of K/V.
+
+Legend: W ranks, C chunks, K = layers * C columns (see balance.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ringflex.masks.block_mask import BlockMask
+from ringflex.masks.runs import Array
+from ringflex.parallel.balance import balance, received
+from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
+
+# What receiving a K/V block costs beside the computation it hides behind, in visible blocks
+# computed: about half its transfer on NVLink, in bf16 with four query heads to a K/V head.
+_BLOCKS_PER_TRANSFER = 2.5
+# The balanced layout counts a block received for so many times that: within its limit of balance
+# it saves bytes, which other traffic may want, rather than the last percent of work.
+_THRIFT = 16
+
+_CHUNKS = 2048  # of one layer; more layers share the room
+_GAIN = 0.02  # what a balanced layout might at best save, to be worth looking for
+_LEAD = 0.02  # what it must then really save
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Survey:
+    """The masks of a plan in outline, of all queries or of some.
+
+    Attributes:
+        chunk: blocks per chunk.
+        heads: the work of one block over each mask's heads is this much.
+        work: of each chunk of queries, int64 `[chunks]`, over all masks and batch elements.
+        need: bool `[chunks, K]`: the K/V chunks that it sees.
+    """
+
+    chunk: int
+    heads: int
+    work: Array
+    need: Array
+
+    @classmethod
+    def of(cls, masks: Sequence[BlockMask], chunk: int) -> Survey:
+        """Of the queries of some rows, against the whole sequence. All masks weigh the same."""
+        heads = math.lcm(*(mask.H for mask in masks))
+        work, needs = np.zeros(masks[0].q_blocks // chunk, dtype=np.int64), []
+        for mask in masks:
+            chunks, columns = mask.q_blocks // chunk, mask.kv_blocks // chunk
+            edges = np.zeros((chunks, mask.B, columns + 1), dtype=np.int32)
+            for runs in (mask.full, mask.partial):
+                layer, block = np.divmod(runs.row, mask.q_blocks)
+                at = block // chunk, layer // mask.H
+                np.add.at(edges, (*at, runs.start // chunk), 1)
+                np.add.at(edges, (*at, (runs.end - 1) // chunk + 1), -1)
+                blocks = np.bincount(at[0], runs.end - runs.start, chunks).astype(np.int64)
+                work += heads // mask.H * blocks
+            needs.append((np.cumsum(edges, axis=2)[:, :, :-1] > 0).reshape(chunks, -1))
+        return cls(chunk=chunk, heads=heads, work=work, need=np.concatenate(needs, axis=1))
+
+    def rows(self) -> Array:
+        """int64 `[chunks, 1 + words]`: work, and needs as bits."""
+        bits = np.packbits(self.need, axis=1)
+        bits = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 8)))
+        return np.concatenate([self.work[:, None], bits.view(np.int64)], axis=1)
+
+    @classmethod
+    def from_rows(cls, rows: Array, chunk: int, heads: int, columns: int) -> Survey:
+        """What `rows` said, of all ranks one after the other."""
+        bits = np.ascontiguousarray(rows[:, 1:]).view(np.uint8)
+        need = np.unpackbits(bits, axis=1, count=columns).astype(bool)
+        return cls(chunk=chunk, heads=heads, work=rows[:, 0], need=need)
+
+    def slowest(self, owner: Array, world_size: int) -> float:
+        """When the slowest rank is done computing and receiving, in visible blocks computed."""
+        work = np.bincount(owner, self.work, world_size) / self.heads
+        moved = received(self.need, owner, world_size) * self.chunk
+        return float((work + _BLOCKS_PER_TRANSFER * moved).max())
+
+    def bound(self, world_size: int) -> float:
+        """No layout's `slowest` is less: one row may see more than a rank holds."""
+        chunks, columns = self.need.shape
+        most = int(self.need.sum(axis=1).max()) - columns // world_size
+        work = int(self.work.sum()) / world_size / self.heads
+        return work + _BLOCKS_PER_TRANSFER * self.chunk * max(0, most)
+
+
+def chunk_blocks(real_blocks: int, world_size: int, layers: int) -> int:
+    """Blocks per chunk of a survey: 1 up to 2,048 blocks of one layer."""
+    share = -(-real_blocks // world_size)
+    most = max(int(_CHUNKS / math.sqrt(layers)), 4 * world_size)
+    least = -(-share // (most // world_size))
+    # Padding is less than a chunk on each rank, and none if a divisor is near.
+    return next((size for size in range(least, 2 * least) if share % size == 0), least)
+
+
+def balanced_layout(survey: Survey, seq_len: int, world_size: int, block_size: int) -> Layout:
+    """Every rank the same work within two percent, then as few blocks received as can be found."""
+    transfer = round(_THRIFT * _BLOCKS_PER_TRANSFER * survey.chunk * survey.heads)
+    owner = balance(survey.work, survey.need, world_size, transfer=transfer)
+    return Layout(
+        name="balanced",
+        seq_len=seq_len,
+        world_size=world_size,
+        block_size=block_size,
+        owner=np.repeat(owner, survey.chunk),
+    )
+
+
+def best_layout(survey: Survey, seq_len: int, world_size: int, block_size: int) -> Layout:
+    """The layout whose slowest rank, computing and receiving, is done first.
+
+    Simple layouts are preferred where a balanced one could save little. Stripes of single blocks
+    are not seen by a survey of larger chunks, and left out.
+    """
+    sizes = seq_len, world_size, block_size
+    first = np.arange(survey.work.size) * survey.chunk  # block of each chunk
+    costs = []
+    for name in LAYOUTS:
+        if name != "striped" or survey.chunk == 1:
+            layout = make_layout(name, *sizes)
+            owner = layout.owner[np.minimum(first, layout.blocks - 1)]
+            costs.append((survey.slowest(owner, world_size), layout))
+    cost, best = min(costs, key=lambda pair: pair[0])
+    if cost * (1 - _GAIN) <= survey.bound(world_size):
+        return best
+    balanced = balanced_layout(survey, *sizes)
+    lower = survey.slowest(balanced.owner[first], world_size) < cost * (1 - _LEAD)
+    return balanced if lower else best
