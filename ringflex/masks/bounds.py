@@ -29,8 +29,10 @@ from ringflex.masks.trace import TracedMod
 
 NONE, ALL, UNDECIDED = 0, 1, 2
 
-_MAX_EXACT_AXIS = 4096  # a longer axis of a captured tensor is kept as ranges of _GRANULE
-_GRANULE = 32
+# Longer axes of a captured tensor are kept as ranges of so many: no more than a block, and few
+# enough for 16 Mi tokens.
+_GRANULES = ((4096, 1), (1 << 21, 32))
+_COARSEST = 128
 
 
 class Rectangles(NamedTuple):
@@ -160,12 +162,9 @@ class _RangeTable:
         values = np.moveaxis(values, axis, -1)
         length = values.shape[-1]
         self.whole = whole
-        self.granule = 1 if length <= _MAX_EXACT_AXIS else _GRANULE
+        self.granule = next((g for most, g in _GRANULES if length <= most), _COARSEST)
         count = -(-length // self.granule)
-        padding = count * self.granule - length
-        widths = [(0, 0)] * (values.ndim - 1) + [(0, padding)]
-        blocks = np.pad(values, widths, mode="edge").reshape(*values.shape[:-1], count, -1)
-        self.lo, self.hi = [blocks.min(-1)], [blocks.max(-1)]
+        self.lo, self.hi = ([x] for x in _extremes(values, self.granule))
         span = 1
         while 2 * span <= count:
             lo, hi = self.lo[-1], self.hi[-1]
@@ -180,8 +179,9 @@ class _RangeTable:
             index.lo // self.granule, index.hi // self.granule, *rows
         )
         level = np.frexp((last - first + 1).astype(np.float64))[1] - 1
-        lo = np.empty(first.shape, self.lo[0].dtype)
-        hi = np.empty(first.shape, self.hi[0].dtype)
+        kind = self.lo[0].dtype
+        kind = np.dtype(np.int64) if kind.kind == "i" else kind  # not what is only stored in less
+        lo, hi = np.empty(first.shape, kind), np.empty(first.shape, kind)
         for k in np.unique(level):
             at = level == k
             place = tuple(row[at] for row in rows)
@@ -191,11 +191,28 @@ class _RangeTable:
         return Interval(lo, hi)
 
 
+def _extremes(values: Array, granule: int) -> tuple[Array, Array]:
+    """Minimum and maximum of every `granule` values along the last axis; the last may be fewer."""
+    if granule == 1:
+        return values, values
+    whole = values.shape[-1] // granule * granule
+    # torch's reductions of short rows take half as long as numpy's.
+    main = torch.from_numpy(values[..., :whole]).unflatten(-1, (-1, granule))
+    lo, hi = main.amin(-1).numpy(), main.amax(-1).numpy()
+    if whole == values.shape[-1]:
+        return lo, hi
+    rest = values[..., whole:]
+    return (
+        np.concatenate([lo, rest.min(-1, keepdims=True)], -1),
+        np.concatenate([hi, rest.max(-1, keepdims=True)], -1),
+    )
+
+
 def _to_numpy(tensor: torch.Tensor) -> Array:
     if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32):
         tensor = tensor.double()
     elif not tensor.is_floating_point() and tensor.dtype != torch.bool:
-        tensor = tensor.long() if tensor.numel() <= _MAX_EXACT_AXIS else tensor
+        tensor = tensor.long() if tensor.numel() <= 4096 else tensor
     return tensor.numpy()
 
 

@@ -17,8 +17,10 @@ from torch import Tensor
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.bounds import ALL, NONE, UNDECIDED, MaskBounds, Rectangles
 from ringflex.masks.runs import Array, Runs, counting
-from ringflex.masks.trace import TracedMod, trace_mask
+from ringflex.masks.trace import TracedMod
+from ringflex.masks.trace_cache import traced_mask
 
+_FEW = 512  # rectangles
 _ELEMENTS_AT_ONCE = 1 << 20  # of mask evaluated together when blocks are settled exactly
 
 
@@ -119,17 +121,25 @@ class BlockMaskBuilder:
             full.append(rect[:, code == ALL])
             left = code == UNDECIDED
             rect = rect[:, left]
-            q_extent = (elements.q_hi - elements.q_lo)[left] + 1
-            kv_extent = (elements.kv_hi - elements.kv_lo)[left] + 1
-            many_rows, many_columns = rect[2] - rect[1] > 1, rect[4] - rect[3] > 1
-            by_row = many_rows & ((2 * q_extent > kv_extent) | ~many_columns)
-            by_column = many_columns & ((2 * kv_extent > q_extent) | ~many_rows)
-            undecided.append(rect[:, ~by_row & ~by_column])
-            split = by_row | by_column
-            rect, order = _halve(rect[:, split], by_row[split], 1)
-            rect, _ = _halve(rect, by_column[split][order], 3)
+            rect, single = self._split(rect, q_starts)
+            undecided.append(single)
+            if rect.shape[1] < _FEW:  # classifying takes as long for more
+                rect = np.concatenate(self._split(rect, q_starts), axis=1)
         whole, partial = self._settle(np.concatenate(undecided, axis=1), q_starts)
         return np.concatenate([*full, whole], axis=1), partial
+
+    def _split(self, rect: Array, q_starts: Array) -> tuple[Array, Array]:
+        """The longer side of each rectangle, in tokens, cut in two, or both; and single blocks."""
+        elements = self._rectangles(rect, q_starts)
+        q_extent = elements.q_hi - elements.q_lo + 1
+        kv_extent = elements.kv_hi - elements.kv_lo + 1
+        many_rows, many_columns = rect[2] - rect[1] > 1, rect[4] - rect[3] > 1
+        by_row = many_rows & ((2 * q_extent > kv_extent) | ~many_columns)
+        by_column = many_columns & ((2 * kv_extent > q_extent) | ~many_rows)
+        split = by_row | by_column
+        halves, order = _halve(rect[:, split], by_row[split], 1)
+        halves, _ = _halve(halves, by_column[split][order], 3)
+        return halves, rect[:, ~split]
 
     def _settle(self, rect: Array, q_starts: Array) -> tuple[Array, Array]:
         """Asks the mask itself about single blocks: those that are full, those that are partial."""
@@ -243,7 +253,7 @@ def create_block_mask(
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive int, got {value!r}")
     builder = BlockMaskBuilder(
-        trace_mask(mask_mod), B=B, H=H, q_limit=Q_LEN, kv_limit=KV_LEN, block_size=block_size
+        traced_mask(mask_mod), B=B, H=H, q_limit=Q_LEN, kv_limit=KV_LEN, block_size=block_size
     )
     bq, bk = block_size
     q_starts = np.arange(-(-Q_LEN // bq), dtype=np.int64) * bq

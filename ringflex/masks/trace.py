@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringflex.autocast import without_autocast
+from ringflex.masks.fingerprint import fingerprint
 
 INDEX_NAMES = ("b", "h", "q_idx", "kv_idx")
 _INDEX = torch.ops.aten.index.Tensor
@@ -163,7 +164,8 @@ class TracedMod:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         if node.target is _INDEX:
             table, indices = args  # type: ignore[misc]
-            return _read(table, indices) if self.scalar else _INDEX(table, indices)  # type: ignore
+            found = _read(table, indices) if self.scalar else _INDEX(table, indices)  # type: ignore
+            return found.to(node.meta["val"].dtype)
         if varies and node.target is torch.ops.aten.div.Tensor:
             args = _divided_exactly(args[0], args[1], node.meta["val"].dtype)
         if "device" in kwargs:  # a constant made inside the mod lives where the indices live
@@ -182,9 +184,22 @@ class TracedMod:
         return replace(self, captures=tuple(c.detach().to(device) for c in self.captures))
 
     def frozen(self) -> TracedMod:
-        """The same mod over copies of its captured tensors: later changes do not reach it."""
-        captures = tuple(c.detach().clone() for c in self.captures)
+        """The same mod over copies of its captured tensors: later changes do not reach it. Integers
+        that are only looked up, as document ids, are kept in as few bits as hold them."""
+        inputs = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        nodes = inputs[len(inputs) - len(self.captures) :]
+        captures = tuple(
+            _narrowed(c.detach()) if self._looks_up(node) else c.detach().clone()
+            for node, c in zip(nodes, self.captures, strict=True)
+        )
         return replace(self, captures=captures, cache={})
+
+    def _looks_up(self, table: fx.Node) -> bool:
+        """Whether a captured tensor is read by varying indices, and used for nothing else."""
+        return all(
+            user.target is _INDEX and user in self.varying and table not in user.args[1]  # type: ignore[operator]
+            for user in table.users
+        )
 
     def digest(self) -> bytes:
         """16 bytes that are equal for equal graphs over equal captured values."""
@@ -193,8 +208,21 @@ class TracedMod:
         for capture in self.captures:
             value = capture.detach().cpu().contiguous()
             state.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            state.update(value.reshape(-1).view(torch.uint8).numpy().data)
+            fingerprint(value.reshape(-1).view(torch.uint8), state.update)
         return state.digest()
+
+
+_NARROWER = {torch.int64: (torch.int16, torch.int32), torch.int32: (torch.int16,)}
+
+
+def _narrowed(table: Tensor) -> Tensor:
+    """A copy, in the narrowest of some dtypes that holds every value."""
+    if table.dtype in _NARROWER and table.numel():
+        low, high = (int(x) for x in table.aminmax())
+        for dtype in _NARROWER[table.dtype]:
+            if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
+                return table.to(dtype)
+    return table.clone()
 
 
 def _divided_exactly(x: Any, y: Any, dtype: torch.dtype) -> tuple[Any, Any]:

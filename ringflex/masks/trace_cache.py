@@ -1,4 +1,4 @@
-"""Tracing a score mod once, although it is given at every call.
+"""Tracing a mod once, although it is given at every call, or a mask anew with every batch.
 
 A mod is known again by what its trace can depend on: its code, and what its closure, defaults and
 globals hold, through the functions, modules and classes among them as far as the code names their
@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringflex.masks.trace import TracedMod, trace_score
+from ringflex.masks.mods import MaskMod
+from ringflex.masks.trace import TracedMod, trace_mask, trace_score
 
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _STABLE = {"torch", "math", "operator", "_operator", "builtins"}  # packages that stay as they are
 _KEPT = 128  # graphs
 _MOST = 1000  # things that a mod may consist of
+_DEEPEST = 32
 _traces: OrderedDict[Any, tuple[TracedMod, tuple[int | Tensor, ...]]] = OrderedDict()
 
 
@@ -34,15 +36,24 @@ class _Unknown(Exception):
 
 def traced_score(score_mod: Callable[..., Tensor], dtype: torch.dtype) -> TracedMod:
     """`trace_score`, from memory if the mod was traced before."""
+    return _traced(score_mod, dtype, lambda: trace_score(score_mod, dtype))
+
+
+def traced_mask(mask_mod: Callable[..., Tensor]) -> TracedMod:
+    """`trace_mask`, from memory if the mod was traced before."""
+    return _traced(mask_mod, "mask", lambda: trace_mask(mask_mod))
+
+
+def _traced(fn: Callable[..., Tensor], kind: Any, trace: Callable[[], TracedMod]) -> TracedMod:
     marks = _Marks()
     tensors = marks.tensors
     try:
-        key = (dtype, torch.get_default_dtype(), marks.of(score_mod))
+        key = (kind, torch.get_default_dtype(), marks.of(fn))
         known = _traces.get(key)
     except _Unknown:
-        return trace_score(score_mod, dtype)
+        return trace()
     if known is None:
-        mod = trace_score(score_mod, dtype)
+        mod = trace()
         _remember(key, mod, tensors)
         return mod
     _traces.move_to_end(key)
@@ -88,7 +99,7 @@ class _Marks:
                 self.tensors.append(x)
             return (same, x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
         self.left -= 1
-        if depth > 8 or self.left < 0:
+        if depth > _DEEPEST or self.left < 0:
             raise _Unknown
         if type(x) is tuple:
             return tuple(self.of(item, names, depth + 1) for item in x)
@@ -99,6 +110,8 @@ class _Marks:
             return x
         if isinstance(x, types.FunctionType):
             return self._of_function(x, depth)
+        if type(x) is MaskMod:
+            return (MaskMod, x.name, self.of(x.fn, names, depth + 1))
         if isinstance(x, types.ModuleType) or type(x) is type:
             return (x, *(self.of(v, names, depth + 1) for v in _attributes(x, names)))
         raise _Unknown

@@ -14,7 +14,7 @@ from torch import Tensor
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.builder import BlockMaskBuilder
 from ringflex.masks.runs import Array
-from ringflex.masks.trace import trace_mask
+from ringflex.masks.trace_cache import traced_mask
 from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
 from ringflex.parallel.needs import Reads, need_rows, needs_of
 from ringflex.parallel.plan import Plan, stats_of
@@ -99,7 +99,7 @@ class Draft:
         self.rows: dict[int, list[BlockMask]] = {}
         self.builders = {
             name: BlockMaskBuilder(
-                trace_mask(mask),
+                traced_mask(mask),
                 B=request.B,
                 H=request.H,
                 q_limit=request.seq_len,
