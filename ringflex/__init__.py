@@ -21,6 +21,7 @@ from ringflex.masks.mods import (
 from ringflex.parallel.layout import Layout, make_layout
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.planner import plan, plan_all
+from ringflex.parallel.prefetch import PlanPrefetcher
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "Layout",
     "MaskMod",
     "Plan",
+    "PlanPrefetcher",
     "alibi",
     "causal",
     "chunked",

@@ -31,7 +31,7 @@ class Step:
     grad_norm: of the gradient of `loss` in all weights, before it is clipped.
     skipped: share of remote K/V blocks that were not received, mean over layers and ranks.
     bytes_received: K/V and their gradients, of all layers, mean over ranks.
-    plan_seconds: spent in `rf.plan` on this rank.
+    plan_seconds: that the training thread spent on this step's plans, on this rank.
     tokens_per_second: of the global batch, with data and planning in the time.
     """
 
@@ -97,7 +97,7 @@ def speed(config: Config, run: Run) -> dict[str, float | int | None]:
 
     Returns:
         tokens_per_second: of the global batch.
-        planning_share: of a step's time, spent in `rf.plan` on this rank.
+        planning_share: of a step's time, spent on plans by this rank's training thread.
         peak_gpu_bytes: as in `Run`.
     """
     tokens = config.batch_size * config.seq_len
@@ -115,7 +115,7 @@ def report_speed(config: Config, run: Run) -> None:
     found = speed(config, run)
     line = (
         f"median step: {found['tokens_per_second']:,.0f} tokens/s, "
-        f"{found['planning_share']:.1%} of its time in rf.plan"
+        f"{found['planning_share']:.1%} of its time on plans"
     )
     if run.peak_gpu_bytes is not None:
         line += f"; peak memory of a GPU {run.peak_gpu_bytes / 2**30:.2f} GiB"

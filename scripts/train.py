@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -41,18 +42,34 @@ from settings import Config, parse_config
 CHECK_TIMEOUT = timedelta(hours=4)  # the other ranks wait while rank 0 trains alone
 
 
-def make_plans(batch: Batch, config: Config, ranks: Ranks) -> dict[str, rf.Plan]:
-    """The plans of one batch for both kinds of layers, on one layout."""
+def masks_of(batch: Batch, config: Config) -> dict[str, rf.MaskMod]:
+    """The masks of one batch, for both kinds of layers."""
     document = rf.document(batch.doc_ids)
-    masks = {
+    return {
         "local": rf.causal() & rf.sliding_window(config.window - 1) & document,
         "global": rf.causal() & document,
     }
-    return rf.plan(
-        masks,
+
+
+def batches_with_plans(
+    documents: PackedDocuments, config: Config, ranks: Ranks, first: int
+) -> rf.PlanPrefetcher[Batch]:
+    """The batches from step `first` on; the plans of both kinds of layers share one layout."""
+    batches = (
+        documents.batch(
+            step=step,
+            batch_size=config.batch_size,
+            dp_rank=ranks.dp_rank,
+            dp_size=ranks.dp_size,
+        )
+        for step in range(first, config.steps)
+    )
+    return rf.PlanPrefetcher(
+        batches,
+        partial(masks_of, config=config),
         seq_len=config.seq_len,
         group=ranks.cp,
-        B=len(batch.tokens),
+        B=config.batch_size // ranks.dp_size,
         layout=config.layout,
         strategy=config.strategy,
     )
@@ -137,24 +154,20 @@ def train(config: Config, ranks: Ranks, documents: PackedDocuments, *, title: st
     steps = load_checkpoint(config, ranks, model, optimizer) if config.resume else []
     plans: Mapping[str, rf.Plan] = {}
 
-    numbers = range(len(steps), config.steps)
-    with tqdm(numbers, desc=title, unit="step", disable=dist.get_rank() != 0) as progress:
-        for number in progress:
-            began = time.perf_counter()
-            batch = documents.batch(
-                step=number,
-                batch_size=config.batch_size,
-                dp_rank=ranks.dp_rank,
-                dp_size=ranks.dp_size,
-            )
-            planning = time.perf_counter()
-            plans = make_plans(batch, config, ranks)
-            plan_seconds = time.perf_counter() - planning
+    first = len(steps)
+    source = batches_with_plans(documents, config, ranks, first)
+    with tqdm(
+        enumerate(source, first), desc=title, unit="step", total=config.steps - first,
+        disable=dist.get_rank() != 0,
+    ) as progress:  # fmt: skip
+        began = time.perf_counter()
+        for number, (batch, plans) in progress:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1.0, (number + 1) / max(1, config.warmup))
             made = train_step(model, optimizer, batch, plans, config, ranks)
-            speed = config.batch_size * config.seq_len / (time.perf_counter() - began)
-            step = Step(**made, plan_seconds=plan_seconds, tokens_per_second=speed)
+            ended = time.perf_counter()
+            speed, began = config.batch_size * config.seq_len / (ended - began), ended
+            step = Step(**made, plan_seconds=source.seconds, tokens_per_second=speed)
             if not math.isfinite(step.loss):
                 raise FloatingPointError(f"loss={step.loss} at step {number}; lower lr={config.lr}")
             steps.append(step)

@@ -123,8 +123,9 @@ class BlockMaskBuilder:
             rect = rect[:, left]
             rect, single = self._split(rect, q_starts)
             undecided.append(single)
-            if rect.shape[1] < _FEW:  # classifying takes as long for more
-                rect = np.concatenate(self._split(rect, q_starts), axis=1)
+            for _ in range(2):
+                if rect.shape[1] < _FEW:  # classifying takes as long for more
+                    rect = np.concatenate(self._split(rect, q_starts), axis=1)
         whole, partial = self._settle(np.concatenate(undecided, axis=1), q_starts)
         return np.concatenate([*full, whole], axis=1), partial
 

@@ -186,13 +186,16 @@ class TracedMod:
     def frozen(self) -> TracedMod:
         """The same mod over copies of its captured tensors: later changes do not reach it. Integers
         that are only looked up, as document ids, are kept in as few bits as hold them."""
-        inputs = [n for n in self.module.graph.nodes if n.op == "placeholder"]
-        nodes = inputs[len(inputs) - len(self.captures) :]
         captures = tuple(
             _narrowed(c.detach()) if self._looks_up(node) else c.detach().clone()
-            for node, c in zip(nodes, self.captures, strict=True)
+            for node, c in self._captured()
         )
         return replace(self, captures=captures, cache={})
+
+    def _captured(self) -> list[tuple[fx.Node, Tensor]]:
+        inputs = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        nodes = inputs[len(inputs) - len(self.captures) :]
+        return list(zip(nodes, self.captures, strict=True))
 
     def _looks_up(self, table: fx.Node) -> bool:
         """Whether a captured tensor is read by varying indices, and used for nothing else."""
@@ -205,9 +208,10 @@ class TracedMod:
         """16 bytes that are equal for equal graphs over equal captured values."""
         state = hashlib.blake2b(digest_size=16)
         state.update(self.module.code.encode())
-        for capture in self.captures:
+        for node, capture in self._captured():
             value = capture.detach().cpu().contiguous()
-            state.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            # What it means, and how it is kept.
+            state.update(f"{node.meta['val'].dtype}{value.dtype}{tuple(value.shape)}".encode())
             fingerprint(value.reshape(-1).view(torch.uint8), state.update)
         return state.digest()
 

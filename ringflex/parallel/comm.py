@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringflex.masks.runs import Array
 from ringflex.parallel import timeline
-from ringflex.parallel.priority import transfer_group
+from ringflex.parallel.groups import plan_backend, transfer_group
 from ringflex.parallel.watch import watch
 
 _RECORD = 512  # bytes that each rank contributes to an agreement
@@ -23,26 +23,18 @@ _DIGEST = 16
 _HEAD = 1 + 8 + _DIGEST  # error flag, count, digest; the rest is text
 
 
-class Communicator:
-    """One process group, seen by one rank.
+class Agreement:
+    """One process group, by which ranks agree on what they are about to do.
 
     Attributes:
         rank, size: within the group.
         device: where the group's tensors must live: the current GPU for NCCL, else the CPU.
-        bytes_sent, bytes_received: K/V and gradient payload so far.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.on_gpu = "nccl" in dist.get_backend(group)
-        self.bytes_sent = self.bytes_received = 0
-        self._transfers = group
-
-    def prepare(self) -> None:
-        """Makes ready for exchanges; all ranks of the group come here together."""
-        if self.on_gpu and self.size > 1:
-            self._transfers = transfer_group(self.group)
 
     @property
     def device(self) -> torch.device:
@@ -111,6 +103,43 @@ class Communicator:
         padded[: rows.shape[0]] = rows
         parts = self.all_gather(torch.from_numpy(padded).to(self.device))
         return [part.cpu().numpy()[:n] for part, n in zip(parts, counts, strict=True)]
+
+
+class PlanAgreement(Agreement):
+    """Agreement over gloo, on the CPU, apart from all that the program does with the group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self.on_gpu = False
+        self._backend = plan_backend(group)
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        out = [torch.empty_like(x) for _ in range(self.size)]
+        self._backend.allgather([out], [x.contiguous()]).wait()
+        return out
+
+
+class Communicator(Agreement):
+    """One process group, seen by one rank: agreement on calls, and exchanges.
+
+    Attributes:
+        bytes_sent, bytes_received: K/V and gradient payload so far.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self.bytes_sent = self.bytes_received = 0
+        self._transfers = group
+
+    def prepare(self) -> Agreement:
+        """Makes ready for exchanges; all ranks of the group come here together.
+
+        Returns:
+            The same ranks' way to agree on plans, which no call of attention uses.
+        """
+        if self.on_gpu and self.size > 1:
+            self._transfers = transfer_group(self.group)
+        return PlanAgreement(self.group) if self.size > 1 else self
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of `x` over the ranks, in place."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array
-from ringflex.parallel.comm import Communicator, communicator
+from ringflex.parallel.comm import Agreement, Communicator, communicator
 from ringflex.parallel.draft import Draft, MaskFunction, Request
 from ringflex.parallel.layout import Layout
 from ringflex.parallel.needs import need_rows, needs_of
@@ -82,34 +82,51 @@ def plan(
     Raises:
         TypeError, ValueError: bad arguments, on every rank; also if ranks disagree.
     """
-    comm = communicator(group)
-    rank, world_size = (comm.rank, comm.size) if comm else (0, 1)
-    masks = mask_mod if isinstance(mask_mod, Mapping) else {"": mask_mod}
-    draft: Draft | None = None
+    request = {
+        "seq_len": seq_len, "B": B, "H": H, "layout": layout, "strategy": strategy,
+        "block_size": block_size,
+    }  # fmt: skip
+    return Planning(mask_mod, communicator(group), request).finish()
 
-    def begin() -> tuple[tuple[str, bytes], Array]:
-        nonlocal draft
-        request = Request(
-            seq_len=seq_len,
-            world_size=world_size,
-            B=B,
-            H=H,
-            layout=layout,
-            strategy=strategy,
-            block_size=block_size,
-        )
-        draft = Draft(masks, request)
-        rows = draft.survey(rank) if draft.layout is None else draft.needs(rank)
-        return draft.identity(), rows
 
-    told = _tell(comm, begin)
-    assert draft is not None
-    if draft.layout is None:
-        told = _tell(comm, partial(draft.settle, rank, told))
-    if comm is not None:
-        comm.prepare()
-    plans = draft.plans(rank, told, comm)
-    return plans if isinstance(mask_mod, Mapping) else plans[""]
+class Planning:
+    """A plan under way: masks are traced and what they capture is copied at once, and `finish`,
+    the collective, may run in another thread. All ranks make and finish theirs in one order."""
+
+    def __init__(
+        self,
+        mask_mod: MaskFunction | Mapping[str, MaskFunction],
+        comm: Communicator | None,
+        request: Mapping[str, Any],
+    ) -> None:
+        self.comm, self.several = comm, isinstance(mask_mod, Mapping)
+        self.agreement = None if comm is None else comm.prepare()
+        masks = mask_mod if isinstance(mask_mod, Mapping) else {"": mask_mod}
+        self.draft: Draft | Exception
+        try:
+            world_size = comm.size if comm else 1
+            self.draft = Draft(masks, Request(world_size=world_size, **request))
+        except Exception as error:  # the other ranks must hear of it where they wait for this one
+            self.draft = error
+
+    def finish(self) -> Plan | dict[str, Plan]:
+        """The plan, or the plans."""
+        rank = self.comm.rank if self.comm else 0
+
+        def begin() -> tuple[tuple[str, bytes], Array]:
+            if isinstance(self.draft, Exception):
+                raise self.draft
+            surveys = self.draft.layout is None
+            rows = self.draft.survey(rank) if surveys else self.draft.needs(rank)
+            return self.draft.identity(), rows
+
+        told = _tell(self.agreement, begin)
+        draft = self.draft
+        assert isinstance(draft, Draft)
+        if draft.layout is None:
+            told = _tell(self.agreement, partial(draft.settle, rank, told))
+        plans = draft.plans(rank, told, self.comm)
+        return plans if self.several else plans[""]
 
 
 def plan_all(
@@ -176,7 +193,7 @@ def single_device_plan(block_mask: BlockMask) -> Plan:
 
 
 def _tell(
-    comm: Communicator | None, make: Callable[[], tuple[tuple[str, bytes], Array]]
+    comm: Agreement | None, make: Callable[[], tuple[tuple[str, bytes], Array]]
 ) -> list[Array]:
     """The rows of all ranks. What goes wrong on one is raised on all, where they wait for it.
 

@@ -80,11 +80,12 @@ def _is_over(watched: _Watched) -> bool:
 
 
 def timeout_of(group: dist.ProcessGroup) -> float:
-    """Seconds after which NCCL's watchdog gives up."""
+    """Seconds after which a transfer of the group fails."""
     name = group.group_name
     if name not in _timeouts:
+        device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
         try:
-            options = group._get_backend(torch.device("cuda")).options
+            options = group._get_backend(device).options
             _timeouts[name] = options._timeout.total_seconds()
         except (AttributeError, RuntimeError):
             _timeouts[name] = _DEFAULT_TIMEOUT

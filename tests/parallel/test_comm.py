@@ -15,7 +15,7 @@ import torch.distributed as dist
 import ringflex as rf
 from attention_cases import LAYOUTS, STRATEGIES, Case, Problem, attend
 from rank_pool import RankPool
-from ringflex.parallel.comm import Communicator
+from ringflex.parallel.comm import Communicator, PlanAgreement
 
 RECORD = 512  # bytes that a rank may spend on agreement in a call
 
@@ -36,6 +36,7 @@ def watched() -> Iterator[Traffic]:
     """Counts what passes through torch.distributed, whoever sends it."""
     traffic = Traffic()
     batch, gather = dist.batch_isend_irecv, dist.all_gather
+    gather_of_plans = PlanAgreement.all_gather
 
     def batch_isend_irecv(ops: list[dist.P2POp]) -> object:
         for op in ops:
@@ -51,6 +52,10 @@ def watched() -> Iterator[Traffic]:
         traffic.gathered.append(x.nbytes)
         return gather(out, x, group=group)
 
+    def plan_gather(self: PlanAgreement, x: torch.Tensor) -> list[torch.Tensor]:
+        traffic.gathered.append(x.nbytes)
+        return gather_of_plans(self, x)
+
     def other(name: str) -> object:
         return lambda *args, **kwargs: traffic.others.append(name)
 
@@ -60,6 +65,7 @@ def watched() -> Iterator[Traffic]:
     with (
         patch.object(dist, "batch_isend_irecv", batch_isend_irecv),
         patch.object(dist, "all_gather", all_gather),
+        patch.object(PlanAgreement, "all_gather", plan_gather),
         patch.multiple(dist, **{name: other(name) for name in names}),
     ):
         yield traffic

@@ -1,0 +1,90 @@
+"""Plans of the next batches, made in a background thread."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from ringflex.parallel.comm import communicator
+from ringflex.parallel.draft import MaskFunction
+from ringflex.parallel.planner import Planning
+
+_Batch = TypeVar("_Batch")
+
+
+class PlanPrefetcher(Generic[_Batch]):
+    """Batches with their plans; while one is trained on, the plan of the next is made.
+
+    >>> masks_of = lambda batch: rf.causal() & rf.document(batch["doc_ids"])
+    >>> for batch, plan in rf.PlanPrefetcher(loader, masks_of, seq_len=S, group=mesh["cp"]):
+    ...     train_step(batch, plan)
+
+    What masks capture is copied when a batch is taken from `batches`, and may be changed after; if
+    it is on the CPU, nothing waits for a GPU. All ranks of the group must take the same number of
+    batches. An error of planning, on any rank, is raised on all where that batch would come.
+
+    Args:
+        batches: an iterable; each batch is taken `ahead` batches before it is yielded.
+        masks_of: of a batch, what `rf.plan` takes as `mask_mod`: a mask, or a dict of them.
+        group, seq_len, B, H, layout, strategy, block_size: as `rf.plan` takes them.
+        ahead: plans under way or ready, at least 1.
+
+    Attributes:
+        seconds: what planning the batch that was yielded last has cost the calling thread.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[_Batch],
+        masks_of: Callable[[_Batch], MaskFunction | Mapping[str, MaskFunction]],
+        *,
+        seq_len: int,
+        group: Any = None,
+        B: int | None = None,
+        H: int | None = None,
+        layout: Any = "auto",
+        strategy: str = "auto",
+        block_size: int = 128,
+        ahead: int = 1,
+    ) -> None:
+        if not isinstance(ahead, int) or isinstance(ahead, bool) or ahead < 1:
+            raise ValueError(f"ahead must be a positive int, got {ahead!r}")
+        self.batches, self.masks_of, self.ahead = batches, masks_of, ahead
+        self.comm = communicator(group)
+        self.request = {
+            "seq_len": seq_len, "B": B, "H": H, "layout": layout, "strategy": strategy,
+            "block_size": block_size,
+        }  # fmt: skip
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[tuple[_Batch, Any]]:
+        # Threads of a pool are waited for, also where the loop is left early: the other ranks,
+        # which are as far, wait for this one's part in the plans under way.
+        with ThreadPoolExecutor(1, "ringflex plans") as pool:
+            ready: deque[tuple[_Batch, Future[Any], float]] = deque()
+            for batch in self.batches:
+                started = time.perf_counter()
+                planning = Planning(self.masks_of(batch), self.comm, self.request)
+                future = pool.submit(_finish, planning)
+                ready.append((batch, future, time.perf_counter() - started))
+                if len(ready) > self.ahead:
+                    yield self._next(ready)
+            while ready:
+                yield self._next(ready)
+
+    def _next(self, ready: deque[tuple[_Batch, Future[Any], float]]) -> tuple[_Batch, Any]:
+        batch, future, spent = ready.popleft()
+        started = time.perf_counter()
+        plans = future.result()
+        self.seconds = spent + time.perf_counter() - started
+        return batch, plans
+
+
+def _finish(planning: Planning) -> Any:
+    with torch.no_grad():  # of a thread of its own
+        return planning.finish()
