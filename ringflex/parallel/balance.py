@@ -20,6 +20,7 @@ from ringflex.masks.runs import Array
 from ringflex.parallel.swaps import Deal, Problem, improve, prefix
 
 _WINDOWS = 64  # windows compared when one is peeled off
+_HOPELESS = 4  # times the best cost, from which swaps do not lead
 _STEPS = 200_000_000  # columns looked at in all before the search ends: about half a second
 
 
@@ -39,6 +40,7 @@ def balance(work: Array, need: Array, world_size: int, *, transfer: int) -> Arra
         deals.append(Deal(problem, _dealt(problem)))
     start = min(deals, key=Deal.cost)
     found = start.cost(), start.owner.copy()
+    deals = [deal for deal in deals if deal.cost()[1] <= _HOPELESS * found[0][1]]
     for deal in deals:
         improve(deal, _STEPS // 8)
     best = min(deals, key=Deal.cost)
