@@ -91,7 +91,8 @@ class Problem:
             draft.survey(self.rank)
             draft.choose(self.surveys)
         draft.needs(self.rank)
-        return draft.plans(self.rank, self.told, None)[""]
+        draft.hear(self.told)
+        return draft.plans(self.rank, None)[""]
 
     def _torch(self) -> Any:
         ids, share = self.ids, self.tokens // self.ranks

@@ -64,7 +64,9 @@ def problem(spec: Spec, device: torch.device) -> Problem:
             mask_mod=lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < width),
             pairs=width * (width + 1) // 2 + (S - width) * width,
         )
-    ids = torch.repeat_interleave(torch.arange(S), _document_lengths(spec.mask, S))[:S]
+    lengths = _document_lengths(spec.mask, S)
+    lengths = lengths[: int(torch.searchsorted(lengths.cumsum(0), S)) + 1]
+    ids = torch.repeat_interleave(torch.arange(lengths.numel()), lengths)[:S]
     counts = torch.bincount(ids)
     ids = ids.to(device)
     return Problem(

@@ -88,6 +88,7 @@ class Draft:
         layout: None while it is to be chosen.
         chunks: blocks per chunk of a survey, and blocks surveyed in all, padding included.
         rows: the block mask of a rank's queries, per mask, by rank.
+        heard: of each mask, what all ranks read and compute, and the strategy.
         captured: bytes that stand for the masks and their captured values.
     """
 
@@ -97,6 +98,7 @@ class Draft:
         self.request = request
         self.layout = request.known_layout()
         self.rows: dict[int, list[BlockMask]] = {}
+        self.heard: list[tuple[Reads, list[int], str]] = []
         self.builders = {
             name: BlockMaskBuilder(
                 traced_mask(mask),
@@ -165,18 +167,26 @@ class Draft:
             for builder in self.builders.values()
         ]
 
-    def plans(self, rank: int, told: list[Array], comm: Communicator | None) -> dict[str, Plan]:
-        """The plans of one rank, from what all ranks told of their rows."""
-        layout, digest = self.layout, self.identity()[1].hex()
-        assert layout is not None
-        plans = {}
-        for m, (name, builder) in enumerate(self.builders.items()):
-            needs, work = needs_of(told, m, builder.B, layout.blocks)
-            reads = Reads(layout, needs)
+    def hear(self, told: list[Array]) -> None:
+        """What all ranks told of their rows on the layout."""
+        assert self.layout is not None
+        self.heard = []
+        for m, builder in enumerate(self.builders.values()):
+            needs, work = needs_of(told, m, builder.B, self.layout.blocks)
+            reads = Reads(self.layout, needs)
             strategy = self.request.strategy
             if strategy == "auto":
                 strategy = min(STRATEGIES, key=lambda s: received_blocks(s, reads).max())
-            rows = self.rows[rank][m]
+            self.heard.append((reads, work.tolist(), strategy))
+
+    def plans(self, rank: int, comm: Communicator | None) -> dict[str, Plan]:
+        """The plans of one rank, by what was heard."""
+        layout, digest = self.layout, self.identity()[1].hex()
+        assert layout is not None
+        plans = {}
+        for (name, builder), rows, (reads, work, strategy) in zip(
+            self.builders.items(), self.rows[rank], self.heard, strict=True
+        ):
             steps = build_steps(strategy, rank, reads, rows)
             plans[name] = Plan(
                 rank=rank,
@@ -185,8 +195,8 @@ class Draft:
                 strategy=strategy,
                 rows=rows,
                 steps=steps,
-                needs=needs,
-                stats=stats_of(layout, rank, steps, work.tolist(), builder.B),
+                needs=reads.needs,
+                stats=stats_of(layout, rank, steps, work, builder.B),
                 identity=f"{digest} {name} {layout.name} {strategy}",
                 comm=comm,
             )

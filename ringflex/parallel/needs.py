@@ -80,8 +80,7 @@ class Reads:
     """Needs on a layout: who reads what from whom.
 
     Attributes:
-        received: blocks that each rank reads from others, int64 `[W]`.
-        distances: bool `[W]`: whether anybody reads at a distance.
+        at: blocks that each reader reads at each distance, int64 `[W, W]`; none at 0.
     """
 
     def __init__(self, layout: Layout, needs: Needs) -> None:
@@ -89,12 +88,10 @@ class Reads:
         first = np.flatnonzero(np.diff(layout.owner, prepend=-1))  # where stretches of one owner
         self._first, self._owner = first, layout.owner[first]  # begin, and whose they are
         W = layout.world_size
-        self.received = np.zeros(W, dtype=np.int64)
-        self.distances = np.zeros(W, dtype=bool)
+        self.at = np.zeros((W, W), dtype=np.int64)
         for reader, _, owner, start, end in self._pieces(self._all()):
-            away = reader != owner
-            self.received += np.bincount(reader[away], (end - start)[away], W).astype(np.int64)
-            self.distances[np.unique((reader - owner)[away] % W)] = True
+            np.add.at(self.at, (reader, (reader - owner) % W), end - start)
+        self.at[:, 0] = 0
 
     def by(self, rank: int) -> list[dict[int, Array]]:
         """Per group: by owner, the blocks that a rank's queries see of others, ascending."""

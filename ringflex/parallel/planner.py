@@ -125,7 +125,8 @@ class Planning:
         assert isinstance(draft, Draft)
         if draft.layout is None:
             told = _tell(self.agreement, partial(draft.settle, rank, told))
-        plans = draft.plans(rank, told, self.comm)
+        draft.hear(told)
+        plans = draft.plans(rank, self.comm)
         return plans if self.several else plans[""]
 
 
@@ -156,8 +157,8 @@ def plan_all(
     draft, ranks = Draft({"": mask_mod}, request), range(world_size)
     if draft.layout is None:
         draft.choose([draft.survey(rank) for rank in ranks])
-    told = [draft.needs(rank) for rank in ranks]
-    return [draft.plans(rank, told, None)[""] for rank in ranks]
+    draft.hear([draft.needs(rank) for rank in ranks])
+    return [draft.plans(rank, None)[""] for rank in ranks]
 
 
 def single_device_plan(block_mask: BlockMask) -> Plan:

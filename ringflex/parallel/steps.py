@@ -91,7 +91,7 @@ class _Planner:
     def steps(self, strategy: str) -> tuple[Step, ...]:
         steps = [Step(mask=self.rows_on(self.local), width=self.local[0].size)]
         held = self.local  # what the previous step's buffer holds
-        for distances in _schedule(strategy, self.reads.distances):
+        for distances in _schedule(strategy, self.reads):
             step, held = self._step(strategy, distances, held)
             steps.append(step)
         stages = stages_of([step.mask for step in steps])
@@ -154,7 +154,8 @@ STRATEGIES = ("ring", "direct", "all_gather")
 def received_blocks(strategy: str, reads: Reads) -> Array:
     """int64 `[W]`: K/V blocks that each rank receives, summed over the mask's batch elements."""
     if strategy == "direct":
-        return reads.received
+        received: Array = reads.at.sum(axis=1)
+        return received
     if strategy == "ring":
         return reads.passed_on()
     layout = reads.layout
@@ -162,19 +163,30 @@ def received_blocks(strategy: str, reads: Reads) -> Array:
     return reads.needs.groups * (layout.real_blocks - real)
 
 
-def _schedule(strategy: str, read: Array) -> list[list[int]]:
+def _schedule(strategy: str, reads: Reads) -> list[list[int]]:
     """The distances to owners that each step after the local one serves; idle ones are left out.
 
-    Args:
-        read: bool `[W]`: whether anybody reads at a distance.
+    Directly, several distances share a step, and its launches, while what comes to any rank is at
+    most half of what a rank holds: documents and windows need few blocks of many ranks.
     """
-    every = list(range(1, read.size))
-    busy = [d for d in every if read[d]]
+    every = list(range(1, reads.layout.world_size))
+    busy = [d for d in every if reads.at[:, d].any()]
     if strategy == "all_gather":
         return [every] if every else []
     if strategy == "ring":  # what goes far passes through all ranks before
         return [[d] for d in every[: max(busy, default=0)]]
-    return [[d] for d in busy]
+    room = reads.layout.blocks // reads.layout.world_size * reads.needs.groups // 2
+    steps: list[list[int]] = []
+    arriving: Array = np.zeros(0)
+    for d in busy:
+        together = arriving + reads.at[:, d] if steps else reads.at[:, d]
+        if steps and together.max() <= room:
+            steps[-1].append(d)
+            arriving = together
+        else:
+            steps.append([d])
+            arriving = reads.at[:, d]
+    return steps
 
 
 def _transfer(peer: int, chosen: _Held, buffer: _Held) -> Transfer:

@@ -1,0 +1,251 @@
+"""What plans will take on a machine: a time line of every rank. Pure.
+
+The schedule of schedule.py, with times in place of kernels and transfers: a step computes when the
+one before is done and its K/V is there; its transfer begins when both ends have launched the step
+before. Work is that of whole blocks, as kernels compute it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ringflex.masks.runs import Array
+from ringflex.parallel.plan import Plan
+from ringflex.parallel.steps import Step, Transfer
+
+_FORWARD, _BACKWARD = 4, 10  # floating-point operations a visible pair, head and head dim
+_QUERIES = 3 / 7  # of the backward's matrix products, as two passes compute it: dQ; then dK and dV
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """GPUs and what links them.
+
+    The defaults are for H100s: the rates of the Triton kernels (causal, 65,536 tokens, head dim
+    128, bf16), NVLink as NCCL's point-to-point transfers use it, and 400 Gb/s of network a GPU.
+
+    Attributes:
+        forward, backward: FLOP/s of a kernel, at 4 D and 10 D a pair and head.
+        launch: seconds that a kernel takes beside its work: its first and last programs, and what
+            is done between kernels.
+        gpus_per_node: that `near` links.
+        near, far: bytes/s each way of one GPU, within a node and between nodes.
+        latency: seconds before a transfer's first byte.
+        hidden: share of its own time by which a transfer slows the kernel that it runs beside.
+    """
+
+    forward: float = 462e12
+    backward: float = 424e12
+    launch: float = 40e-6
+    gpus_per_node: int = 8
+    near: float = 200e9
+    far: float = 45e9
+    latency: float = 20e-6
+    hidden: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "backward", "near", "far", "gpus_per_node"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        for name in ("launch", "latency", "hidden"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """The tensors of an attention layer, but for the sequence."""
+
+    batch: int = 1
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    v_head_dim: int | None = None  # as head_dim
+    dtype: torch.dtype = torch.bfloat16
+    gradient_dtype: torch.dtype = torch.float32  # in which dK/dV travel
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        return self.head_dim, self.v_head_dim or self.head_dim
+
+
+class Span(NamedTuple):
+    """Something that a rank does, from `start` to `end` (seconds)."""
+
+    rank: int
+    track: str  # "compute" or "transfer"
+    name: str
+    step: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Of one attention layer over all ranks.
+
+    Attributes:
+        forward, backward: seconds, of the slowest rank.
+        exposed: of these, forward and backward together, seconds that the slowest rank's kernels
+            wait for transfers.
+        flops: of all ranks, forward and backward, counted by visible blocks.
+        spans: of every rank; all begin the backward when the slowest has done the forward.
+    """
+
+    forward: float
+    backward: float
+    exposed: float
+    flops: float
+    spans: tuple[Span, ...]
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
+
+def predict(
+    plans: Sequence[Plan], shape: AttentionShape | None = None, machine: Machine | None = None
+) -> Prediction:
+    """Time lines of the forward and the backward of one layer.
+
+    Args:
+        plans: of all ranks, as `plan_all` makes them.
+    """
+    line = _Line(plans, shape or AttentionShape(), machine or Machine())
+    forward, forward_waits = line.forward()
+    line.origin = float(forward.max())
+    backward, backward_waits = line.backward()
+    slowest = int(np.argmax(forward + backward))
+    D, Dv = line.shape.dims
+    per_pair = (_FORWARD + _BACKWARD) * (D + Dv) / 2
+    return Prediction(
+        forward=float(forward.max()),
+        backward=float(backward.max()),
+        exposed=float((forward_waits + backward_waits)[slowest]),
+        flops=float(line.pairs.sum()) * per_pair,
+        spans=tuple(line.spans),
+    )
+
+
+class _Line:
+    """Arrays are by rank, `[W]`, or by step and rank."""
+
+    def __init__(self, plans: Sequence[Plan], shape: AttentionShape, machine: Machine) -> None:
+        first = plans[0]
+        if [p.rank for p in plans] != list(range(first.world_size)):
+            raise ValueError("predict() wants the plans of all ranks, in order: see plan_all()")
+        self.shape, self.machine, self.W = shape, machine, len(plans)
+        self.steps = list(zip(*(p.steps for p in plans), strict=True))
+        size = first.layout.block_size
+        D, Dv = shape.dims
+        self.elements = size * shape.kv_heads * (D + Dv) * shape.batch / first.rows.B  # of a block
+        self.pairs = np.array([[self._pairs(s, size) for s in step] for step in self.steps])
+        self.dim = (D + Dv) / 2
+        self.spans: list[Span] = []
+        self.origin = 0.0  # of spans
+
+    def _pairs(self, step: Step, size: int) -> float:
+        if step.mask is None:
+            return 0.0
+        mask = step.mask
+        copies = self.shape.batch / mask.B * self.shape.heads / mask.H
+        return mask.visible_blocks * size * size * copies
+
+    def _seconds(self, step: int, flops: float, rate: float) -> Array:
+        """A kernel's time on each rank; none where it has nothing to do."""
+        pairs: Array = self.pairs[step]
+        return pairs * flops * self.dim / rate + np.where(pairs > 0, self.machine.launch, 0.0)
+
+    def forward(self) -> tuple[Array, Array]:
+        """When each rank is done, and how long it has waited."""
+        start, end, waits = np.zeros(self.W), np.zeros(self.W), np.zeros(self.W)
+        for number in range(len(self.steps)):
+            if number:
+                begun, lasts = self._transfer(number, "receives", self._bytes(), start)
+                end = end + self._slowed(number - 1, lasts)
+                arrived = begun + lasts
+                self._note("transfer", "K/V", number, begun, arrived)
+                waits += np.maximum(arrived - end, 0)
+                start = np.maximum(end, arrived)
+            end = start + self._seconds(number, _FORWARD, self.machine.forward)
+            self._note("compute", "forward", number, start, end)
+        return end, waits
+
+    def backward(self) -> tuple[Array, Array]:
+        """As `forward`: dQ of the local step, every other step's dK/dV and dQ, at last the local
+        dK/dV; what returns is waited for one step later."""
+        seconds: Callable[[int, float], Array] = lambda step, share: self._seconds(
+            step, _BACKWARD * share, self.machine.backward
+        )
+        only = len(self.steps) == 1
+        start, waits = np.zeros(self.W), np.zeros(self.W)
+        end = seconds(0, 1.0 if only else _QUERIES)
+        self._note("compute", "backward" if only else "backward dQ", 0, start, end)
+        home: Array | None = None
+        for number in range(1, len(self.steps)):
+            begun, lasts = self._transfer(number, "receives", self._bytes(), start)
+            end = end + self._slowed(number - 1, lasts)
+            arrived = begun + lasts
+            self._note("transfer", "K/V", number, begun, arrived)
+            waits += np.maximum(arrived - end, 0)
+            start = np.maximum(end, arrived)
+            made = start + seconds(number, 1 - _QUERIES)
+            self._note("compute", "backward dK, dV", number, start, made)
+            end = made + seconds(number, _QUERIES)
+            self._note("compute", "backward dQ", number, made, end)
+            if home is not None:
+                waits += np.maximum(home - end, 0)
+                end = np.maximum(end, home)
+            begun, lasts = self._transfer(number, "collects", self._bytes(True), made)
+            self._note("transfer", "dK/dV", number, begun, begun + lasts)
+            home = begun + lasts
+        if home is not None:
+            last = end + seconds(0, 1 - _QUERIES)
+            self._note("compute", "backward dK, dV", 0, end, last)
+            waits += np.maximum(home - last, 0)
+            end = np.maximum(last, home)
+        return end, waits
+
+    def _bytes(self, gradients: bool = False) -> float:
+        dtype = self.shape.gradient_dtype if gradients else self.shape.dtype
+        return self.elements * dtype.itemsize
+
+    def _transfer(
+        self, number: int, incoming: str, per_block: float, posted: Array
+    ) -> tuple[Array, Array]:
+        """When a step's transfers begin on each rank, and how long they last; 0 where none are."""
+        m, W = self.machine, self.W
+        begins, into, out = posted.copy(), np.zeros(W), np.zeros(W)
+        pairs: list[tuple[int, int]] = []
+        for rank, step in enumerate(self.steps[number]):
+            transfers: Sequence[Transfer] = getattr(step, incoming)
+            for t in transfers:
+                near = rank // m.gpus_per_node == t.peer // m.gpus_per_node
+                takes = t.count * per_block / (m.near if near else m.far)
+                into[rank] += takes
+                out[t.peer] += takes
+                pairs.append((rank, t.peer))
+        if not pairs:
+            return begins, np.zeros(W)
+        here, there = np.array(pairs).T
+        both = np.maximum(posted[here], posted[there])
+        for side in (here, there):
+            np.maximum.at(begins, side, both)
+        own = np.maximum(into, out)
+        lasts = own.copy()
+        np.maximum.at(lasts, here, own[there])
+        return begins, np.where(own > 0, lasts + m.latency, 0.0)
+
+    def _slowed(self, beside: int, lasts: Array) -> Array:
+        """What a transfer adds to the kernel of a step."""
+        return np.where(self.pairs[beside] > 0, self.machine.hidden * lasts, 0.0)
+
+    def _note(self, track: str, name: str, step: int, start: Array, end: Array) -> None:
+        for rank in np.flatnonzero(end > start):
+            times = (self.origin + float(start[rank]), self.origin + float(end[rank]))
+            self.spans.append(Span(int(rank), track, name, step, *times))

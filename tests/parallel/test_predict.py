@@ -1,0 +1,115 @@
+"""predict(): time lines that can be checked by hand, and what holds for any."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+import ringflex as rf
+from attention_cases import LAYOUTS, STRATEGIES
+from ringflex.parallel.predict import AttentionShape, Machine, Prediction, Span, predict
+
+SHAPE = AttentionShape(batch=2, heads=4, kv_heads=2, head_dim=64)
+MACHINE = Machine(
+    forward=1e12, backward=1e12, launch=0.0, near=1e12, far=1e11, latency=0.0, hidden=0.0
+)
+S = 4096
+
+
+def spans_of(found: Prediction, rank: int, track: str) -> list[Span]:
+    return sorted(
+        (s for s in found.spans if (s.rank, s.track) == (rank, track)), key=lambda s: s.start
+    )
+
+
+def test_one_rank_takes_what_its_blocks_take() -> None:
+    found = predict(rf.plan_all(rf.full(), S, 1), SHAPE, replace(MACHINE, launch=1e-3))
+    pairs = S * S * 2 * 4
+    assert found.forward == pytest.approx(4 * 64 * pairs / 1e12 + 1e-3)
+    assert found.backward == pytest.approx(10 * 64 * pairs / 1e12 + 1e-3)
+    assert found.both == found.forward + found.backward
+    assert found.exposed == 0
+    assert found.flops == 14 * 64 * pairs
+
+
+def test_two_ranks_by_hand() -> None:
+    """Contiguous and causal: rank 1 sees all of rank 0; links so slow that it waits."""
+    plans = rf.plan_all(rf.causal(), S, 2, layout="contiguous", strategy="direct")
+    machine = replace(MACHINE, near=1e8, latency=1e-5)
+    found = predict(plans, SHAPE, machine)
+    half, blocks = S // 2, S // 2 // 128
+    diagonal = blocks * (blocks + 1) // 2 * 128 * 128  # a partial block takes as long as a full one
+    kernel = 4 * 64 * 2 * 4 / 1e12  # seconds a pair
+    transfer = half * 2 * 2 * (64 + 64) * 2 / 1e8 + 1e-5
+    local, remote = diagonal * kernel, half * half * kernel
+    assert transfer > local
+    assert found.forward == pytest.approx(transfer + remote)
+    assert [s.name for s in spans_of(found, 0, "compute")] == [
+        "forward",
+        "backward dQ",
+        "backward dK, dV",
+    ]
+    queries, keys = 2.5 * 3 / 7, 2.5 * 4 / 7
+    computed = transfer + remote * keys
+    home = computed + 2 * (transfer - 1e-5) + 1e-5  # fp32
+    own = computed + remote * queries + local * keys
+    assert found.backward == pytest.approx(max(home, own))
+    waited = (transfer - local) + (transfer - local * queries) + max(0, home - own)
+    assert found.exposed == pytest.approx(waited)
+
+
+def test_nodes_are_linked_by_the_slower_link() -> None:
+    plans = rf.plan_all(rf.full(), S, 4, strategy="direct")
+    inside = predict(plans, SHAPE, replace(MACHINE, near=1e9, far=1e7, gpus_per_node=4))
+    across = predict(plans, SHAPE, replace(MACHINE, near=1e9, far=1e7, gpus_per_node=2))
+    assert across.forward > 10 * inside.forward
+
+
+def test_a_transfer_slows_the_kernel_beside_it() -> None:
+    plans = rf.plan_all(rf.full(), S, 2, strategy="direct")
+    plain = predict(plans, SHAPE, MACHINE)
+    slowed = predict(plans, SHAPE, replace(MACHINE, hidden=0.5))
+    transfer = S // 2 * 2 * 2 * 128 * 2 / 1e12
+    assert slowed.forward - plain.forward == pytest.approx(0.5 * transfer)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "balanced"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_time_lines_hold_together(layout: str, strategy: str, world_size: int) -> None:
+    ids = torch.arange(3000) // 700
+    mask = rf.causal() & rf.document(ids)
+    plans = rf.plan_all(mask, 3000, world_size, layout=layout, strategy=strategy, block_size=64)
+    found = predict(plans, SHAPE, replace(MACHINE, near=1e9, latency=1e-5, launch=1e-5))
+    for rank, plan in enumerate(plans):
+        computed = spans_of(found, rank, "compute")
+        for one, following in pairwise(computed):
+            assert following.start >= one.end - 1e-12
+        for number, step in enumerate(plan.steps):
+            for way in (False, True):  # forward, backward
+                mine = [s for s in computed if s.step == number and (s.name != "forward") == way]
+                assert len(mine) == (step.mask is not None) * (2 if way else 1)
+                arrivals = [
+                    s.end for s in spans_of(found, rank, "transfer")
+                    if (s.name, s.step, s.start >= found.forward) == ("K/V", number, way)
+                ]  # fmt: skip
+                assert bool(arrivals) == bool(step.receives or step.sends)
+                if mine and step.receives:
+                    assert mine[0].start >= arrivals[0] - 1e-12
+    work = sum(plans[0].stats.work) * 64 * 64 * SHAPE.batch * SHAPE.heads
+    assert found.flops == pytest.approx(14 * 64 * work)
+    fast = predict(plans, SHAPE, replace(MACHINE, near=1e30, launch=0))
+    most = max(plans[0].stats.work) * 64 * 64 * SHAPE.batch * SHAPE.heads
+    assert fast.both == pytest.approx(14 * 64 * most / 1e12, rel=0.5)
+    assert fast.both <= found.both
+
+
+def test_bad_input_is_refused() -> None:
+    plans = rf.plan_all(rf.causal(), S, 2)
+    with pytest.raises(ValueError, match="plans of all ranks"):
+        predict(plans[:1])
+    with pytest.raises(ValueError, match="near must be positive"):
+        Machine(near=0)
+    with pytest.raises(ValueError, match="latency must not be negative"):
+        Machine(latency=-1)
