@@ -19,6 +19,7 @@ import numpy as np
 from ringflex.masks.runs import Array
 from ringflex.parallel.swaps import Deal, Problem, improve, prefix
 
+_NODE = 8  # ranks that the first cuts leave together
 _WINDOWS = 64  # windows compared when one is peeled off
 _HOPELESS = 4  # times the best cost, from which swaps do not lead
 _STEPS = 200_000_000  # columns looked at in all before the search ends: about half a second
@@ -36,6 +37,7 @@ def balance(work: Array, need: Array, world_size: int, *, transfer: int) -> Arra
     problem = Problem(work, need, world_size, transfer)
     deals = [min((Deal(problem, owner) for owner in _simple(problem)), key=Deal.cost)]
     deals.append(Deal(problem, _peeled(problem)))
+    deals.append(Deal(problem, _halved(problem)))
     if problem.pieces.size:
         deals.append(Deal(problem, _dealt(problem)))
     start = min(deals, key=Deal.cost)
@@ -91,6 +93,49 @@ def _peeled(problem: Problem) -> Array:
         owner[left[inside[best]]] = rank
         left = np.delete(left, inside[best])
     return owner
+
+
+def _halved(problem: Problem) -> Array:
+    """Two windows, of half the chunks and half the work each, and each of them cut likewise: the
+    first cuts part nodes, where ranks are many, and each rank is left with few stretches."""
+    owner = np.zeros(problem.C, dtype=np.int64)
+    parts = [(np.arange(problem.C), 0, problem.W)]  # chunks, first rank, ranks
+    while parts:
+        chunks, rank, ranks = parts.pop()
+        if ranks == 1:
+            owner[chunks] = rank
+            continue
+        first = ranks // 2 if ranks <= _NODE else -(-ranks // (2 * _NODE)) * _NODE
+        window, rest = _window(problem, chunks, first, ranks)
+        parts += [(window, rank, first), (rest, rank + first, ranks - first)]
+    return owner
+
+
+def _window(problem: Problem, chunks: Array, first: int, ranks: int) -> tuple[Array, Array]:
+    """Of some chunks, a window for `first` of their `ranks`, with its share of the work as nearly
+    as leaves room for further cuts, where least K/V is seen across; and the others."""
+    n, width = chunks.size, problem.share * first
+    total = int(problem.work[chunks].sum())
+    work = _windows(prefix(problem.work[chunks]), width, np.arange(n))
+    miss = np.abs(work - total * first // ranks)
+    room = (problem.limit - total / ranks) * min(first, ranks - first) / 2
+    starts = np.flatnonzero(miss <= max(room, int(miss.min())))
+    # What is seen across a cut; nothing where neighbours are apart already.
+    seams = np.where(np.diff(chunks, prepend=-2) == 1, problem.across[chunks], 0)
+    cheapest = np.argsort(seams[starts] + seams[(starts + width) % n], kind="stable")
+    starts = np.sort(starts[cheapest[:_WINDOWS]])
+    inside = (starts[:, None] + np.arange(width)) % n
+    before = prefix(problem.need[chunks])
+    counts = _windows(before, width, starts)
+    mine = np.zeros((starts.size, problem.C), dtype=bool)
+    mine[np.arange(starts.size)[:, None], chunks[inside]] = True
+    here = np.zeros(problem.C, dtype=bool)
+    here[chunks] = True
+    mine, theirs = (np.tile(x, problem.layers) for x in (mine, here & ~mine))
+    into = np.count_nonzero((counts > 0) & ~mine, axis=1)
+    out = np.count_nonzero((before[-1] > counts) & ~theirs, axis=1)
+    chosen = inside[int(np.argmin(into + out))]
+    return np.sort(chunks[chosen]), np.delete(chunks, chosen)
 
 
 def _dealt(problem: Problem) -> Array:

@@ -25,6 +25,7 @@ class Problem:
         mean: work of a rank where all have the same, rounded up.
         limit: work of a rank that is good enough; some rank has the heaviest chunk.
         before: `before[i]` counts for each column the chunks below `i` that see it, `[C + 1, K]`.
+        across: at `i`, columns needed between the chunks `i - 1` and `i`, int64 `[C + 1]`.
         pieces: positions where fewer chunks are needed across than on either side, ascending.
     """
 
@@ -55,7 +56,7 @@ class Problem:
             long = low < high
             across += np.bincount(low[long], minlength=self.C + 1)
             across -= np.bincount(high[long], minlength=self.C + 1)
-        across = np.cumsum(across)
+        self.across = across = np.cumsum(across)
         left, here, right = across[:-2], across[1:-1], across[2:]
         low = (here <= left) & (here <= right) & ((here < left) | (here < right))
         return 1 + np.flatnonzero(low)
