@@ -19,6 +19,7 @@ from ringflex.masks.mods import (
     softcap,
 )
 from ringflex.parallel.layout import Layout, make_layout
+from ringflex.parallel.machine import Machine
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.planner import plan, plan_all
 from ringflex.parallel.prefetch import PlanPrefetcher
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockMask",
     "Layout",
+    "Machine",
     "MaskMod",
     "Plan",
     "PlanPrefetcher",

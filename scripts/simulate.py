@@ -32,7 +32,8 @@ from parallel_measure import MASKS, Spec, problem
 from parallel_plots import ORDER, TITLES, pyplot
 from parallel_trace import write_trace
 from ringflex.parallel.layout import LAYOUTS
-from ringflex.parallel.predict import AttentionShape, Machine, Prediction, predict
+from ringflex.parallel.machine import AttentionShape, Machine
+from ringflex.parallel.predict import Prediction, predict
 from ringflex.parallel.steps import STRATEGIES
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
@@ -44,7 +45,9 @@ def simulate(
     """A row of the table."""
     p = problem(spec, torch.device("cpu"))
     started = time.perf_counter()
-    plans = rf.plan_all(p.mask_mod, spec.tokens, gpus, layout=layout, strategy=strategy)
+    plans = rf.plan_all(
+        p.mask_mod, spec.tokens, gpus, layout=layout, strategy=strategy, machine=machine
+    )
     planned = time.perf_counter() - started
     shape = AttentionShape(heads=spec.heads, kv_heads=spec.kv_heads, head_dim=spec.dim)
     found = predict(plans, shape, machine)
@@ -132,7 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens-per-gpu", type=int, default=8192)
     parser.add_argument("--tokens", type=int, help="of the whole sequence, for all numbers of GPUs")
     parser.add_argument("--layouts", nargs="+", default=["auto"],
-                        choices=["auto", *LAYOUTS, "balanced"])  # fmt: skip
+                        choices=["auto", *LAYOUTS, "balanced", "nested"])  # fmt: skip
     parser.add_argument("--strategies", nargs="+", default=["auto"], choices=["auto", *STRATEGIES])
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)

@@ -25,7 +25,9 @@ _HOPELESS = 4  # times the best cost, from which swaps do not lead
 _STEPS = 200_000_000  # columns looked at in all before the search ends: about half a second
 
 
-def balance(work: Array, need: Array, world_size: int, *, transfer: int) -> Array:
+def balance(
+    work: Array, need: Array, world_size: int, *, transfer: int, steps: int = _STEPS
+) -> Array:
     """The owner of each chunk, int64 `[C]`; every rank owns `C / world_size` chunks.
 
     Args:
@@ -33,6 +35,7 @@ def balance(work: Array, need: Array, world_size: int, *, transfer: int) -> Arra
         need: bool `[C, K]`: which K/V the queries of a chunk see.
         transfer: work beyond the mean that a rank may rather have than one more chunk received,
             while it is within the limit.
+        steps: columns to look at in all.
     """
     problem = Problem(work, need, world_size, transfer)
     deals = [min((Deal(problem, owner) for owner in _simple(problem)), key=Deal.cost)]
@@ -44,21 +47,55 @@ def balance(work: Array, need: Array, world_size: int, *, transfer: int) -> Arra
     found = start.cost(), start.owner.copy()
     deals = [deal for deal in deals if deal.cost()[1] <= _HOPELESS * found[0][1]]
     for deal in deals:
-        improve(deal, _STEPS // 8)
+        improve(deal, steps // 8)
     best = min(deals, key=Deal.cost)
-    improve(best, _STEPS // 2)
+    improve(best, steps // 2)
     # Swaps follow a smooth measure of the cost, which may lead from an optimum to its like.
     return best.owner if best.cost() < found[0] else found[1]
 
 
-def received(need: Array, owner: Array, world_size: int) -> Array:
-    """Chunks of K/V that each rank receives over all layers, int64 `[W]`."""
-    layers = need.shape[1] // owner.size
-    moved = np.zeros(world_size, dtype=np.int64)
+def nested(
+    work: Array, need: Array, world_size: int, *, node: int, transfer: int, far: float
+) -> Array:
+    """As `balance`, for nodes of `node` ranks: windows of the sequence go to nodes where work and
+    what is seen across weigh least together, and each node balances its own.
+
+    Args:
+        far: work as long as one chunk takes to come from another node.
+    """
+    problem = Problem(work, need, world_size, transfer)
+    C, layers = problem.C, problem.layers
+    owner = np.zeros(C, dtype=np.int64)
+    nodes = -(-world_size // node)
+    parts = [(np.arange(C), 0, world_size)]  # chunks, first rank, ranks
+    while parts:
+        chunks, rank, ranks = parts.pop()
+        if ranks <= node:
+            here = np.zeros(C, dtype=bool)
+            here[chunks] = True
+            inside = need[chunks][:, np.tile(here, layers)]
+            mine = balance(work[chunks], inside, ranks, transfer=transfer, steps=_STEPS // nodes)
+            owner[chunks] = rank + mine
+            continue
+        first = -(-ranks // (2 * node)) * node
+        window, rest = _window(problem, chunks, first, ranks, far)
+        parts += [(window, rank, first), (rest, rank + first, ranks - first)]
+    return owner
+
+
+def moved(need: Array, owner: Array, world_size: int, node: int) -> Array:
+    """Chunks of K/V that each rank receives, and sends, over all layers, int64 `[2, 2, W]`: of
+    each, with ranks of its own node, and with others."""
+    owners = np.tile(owner, need.shape[1] // owner.size)
+    found = np.zeros((2, 2, world_size), dtype=np.int64)
     for rank in range(world_size):
-        sees = need[owner == rank].any(axis=0)
-        moved[rank] = np.count_nonzero(sees & ~np.tile(owner == rank, layers))
-    return moved
+        sees = np.bincount(owners[need[owner == rank].any(axis=0)], minlength=world_size)
+        sees[rank] = 0
+        near = np.arange(world_size) // node == rank // node
+        for where, there in enumerate((near, ~near)):
+            found[0, where, rank] = sees[there].sum()
+            found[1, where] += np.where(there, sees, 0)
+    return found
 
 
 def _simple(problem: Problem) -> tuple[Array, Array, Array]:
@@ -111,19 +148,30 @@ def _halved(problem: Problem) -> Array:
     return owner
 
 
-def _window(problem: Problem, chunks: Array, first: int, ranks: int) -> tuple[Array, Array]:
-    """Of some chunks, a window for `first` of their `ranks`, with its share of the work as nearly
-    as leaves room for further cuts, where least K/V is seen across; and the others."""
+def _window(
+    problem: Problem, chunks: Array, first: int, ranks: int, far: float | None = None
+) -> tuple[Array, Array]:
+    """Of some chunks, a window for `first` of their `ranks`, and the others: where least K/V is
+    seen across, of those with their share of the work as nearly as leaves room for further cuts.
+
+    Args:
+        far: what a chunk seen across costs each rank of a side; then the work, too, is weighed.
+    """
     n, width = chunks.size, problem.share * first
     total = int(problem.work[chunks].sum())
     work = _windows(prefix(problem.work[chunks]), width, np.arange(n))
-    miss = np.abs(work - total * first // ranks)
-    room = (problem.limit - total / ranks) * min(first, ranks - first) / 2
-    starts = np.flatnonzero(miss <= max(room, int(miss.min())))
     # What is seen across a cut; nothing where neighbours are apart already.
     seams = np.where(np.diff(chunks, prepend=-2) == 1, problem.across[chunks], 0)
-    cheapest = np.argsort(seams[starts] + seams[(starts + width) % n], kind="stable")
-    starts = np.sort(starts[cheapest[:_WINDOWS]])
+    seams = seams + np.roll(seams, -width)
+    sides = np.maximum(work / first, (total - work) / (ranks - first))
+    if far is None:
+        miss = np.abs(work - total * first // ranks)
+        room = (problem.limit - total / ranks) * min(first, ranks - first) / 2
+        starts = np.flatnonzero(miss <= max(room, int(miss.min())))
+        starts = starts[np.argsort(seams[starts], kind="stable")[:_WINDOWS]]
+    else:
+        starts = np.argsort(sides + far * seams, kind="stable")[:_WINDOWS]
+    starts = np.sort(starts)
     inside = (starts[:, None] + np.arange(width)) % n
     before = prefix(problem.need[chunks])
     counts = _windows(before, width, starts)
@@ -134,7 +182,8 @@ def _window(problem: Problem, chunks: Array, first: int, ranks: int) -> tuple[Ar
     mine, theirs = (np.tile(x, problem.layers) for x in (mine, here & ~mine))
     into = np.count_nonzero((counts > 0) & ~mine, axis=1)
     out = np.count_nonzero((before[-1] > counts) & ~theirs, axis=1)
-    chosen = inside[int(np.argmin(into + out))]
+    cost = into + out if far is None else sides[starts] + far * np.maximum(into, out)
+    chosen = inside[int(np.argmin(cost))]
     return np.sort(chunks[chosen]), np.delete(chunks, chosen)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,17 +16,25 @@ from ringflex.masks.builder import BlockMaskBuilder
 from ringflex.masks.runs import Array
 from ringflex.masks.trace_cache import traced_mask
 from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
+from ringflex.parallel.machine import Machine
 from ringflex.parallel.needs import Reads, need_rows, needs_of
 from ringflex.parallel.plan import Plan, stats_of
 from ringflex.parallel.steps import STRATEGIES, build_steps, received_blocks
-from ringflex.parallel.survey import Survey, balanced_layout, best_layout, chunk_blocks
+from ringflex.parallel.survey import (
+    Survey,
+    balanced_layout,
+    best_layout,
+    chunk_blocks,
+    nested_layout,
+)
 
 if TYPE_CHECKING:
     from ringflex.parallel.comm import Communicator
 
 MaskFunction = Callable[..., Tensor]
 
-_CHOSEN = ("auto", "balanced")  # layouts that depend on the masks
+# Layouts that depend on the masks.
+_CHOICES = {"auto": best_layout, "balanced": balanced_layout, "nested": nested_layout}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,7 @@ class Request:
     layout: str | Layout
     strategy: str
     block_size: int
+    machine: Machine = field(default_factory=Machine)
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "world_size", "block_size", "B", "H"):
@@ -60,10 +69,12 @@ class Request:
                     f"the layout is for (seq_len, world_size, block_size) = {theirs}, "
                     f"this plan for {mine}"
                 )
-        elif self.layout not in ("auto", *LAYOUTS, "balanced"):
+        elif self.layout not in (*LAYOUTS, *_CHOICES):
             raise ValueError(
-                f"layout={self.layout!r} is not one of auto, {', '.join(LAYOUTS)}, balanced"
+                f"layout={self.layout!r} is not one of {', '.join([*LAYOUTS, *_CHOICES])}"
             )
+        if not isinstance(self.machine, Machine):
+            raise TypeError(f"machine must be an rf.Machine, got {type(self.machine).__name__}")
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -73,12 +84,12 @@ class Request:
         """The layout, unless it depends on the masks."""
         if isinstance(self.layout, Layout):
             return self.layout
-        if self.layout not in _CHOSEN:
+        if self.layout not in _CHOICES:
             return make_layout(self.layout, *self.sizes)
         if self.world_size > 1:
             return None
         alone = make_layout("contiguous", *self.sizes)
-        return alone if self.layout == "auto" else replace(alone, name="balanced")
+        return alone if self.layout == "auto" else replace(alone, name=self.layout)
 
 
 class Draft:
@@ -124,7 +135,9 @@ class Draft:
         masks = ", ".join(f"{n}{': ' * bool(n)}{b.mask.name}" for n, b in self.builders.items())
         what = (
             f"plan(seq_len={r.seq_len}, B={r.B}, H={r.H}, layout={layout}, "
-            f"strategy={r.strategy}, block_size={r.block_size}, mask {masks})"
+            f"strategy={r.strategy}, block_size={r.block_size}, mask {masks}"
+            + f", {r.machine}" * (r.machine != Machine())
+            + ")"
         )
         state = hashlib.blake2b(what.encode() + self.captured, digest_size=16)
         if self.layout is not None:
@@ -145,8 +158,8 @@ class Draft:
         layers = sum(builder.B for builder in builders)
         heads = math.lcm(*(builder.H for builder in builders))
         survey = Survey.from_rows(np.concatenate(told), chunk, heads, layers * blocks // chunk)
-        choice = best_layout if self.request.layout == "auto" else balanced_layout
-        self.layout = choice(survey, *self.request.sizes)
+        choice = _CHOICES[self.request.layout]  # type: ignore[index]
+        self.layout = choice(survey, *self.request.sizes, self.request.machine)
 
     def settle(self, rank: int, told: list[Array]) -> tuple[tuple[str, bytes], Array]:
         """Chooses the layout; then what this rank tells of its rows on it."""

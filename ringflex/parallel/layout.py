@@ -19,7 +19,7 @@ class Layout:
     """An assignment of the blocks of one sequence to ranks.
 
     Attributes:
-        name: "contiguous", "zigzag", "striped", "balanced".
+        name: "contiguous", "zigzag", "striped", "balanced", "nested".
         seq_len: true tokens of the sequence.
         world_size: ranks.
         block_size: tokens per block.
@@ -65,14 +65,14 @@ def make_layout(name: str, seq_len: int, world_size: int, block_size: int) -> La
     - `striped`: blocks dealt in turn (Brandon et al., "Striped Attention", 2023, with blocks for
       tokens).
 
-    A `balanced` layout depends on masks, so only `plan` and `plan_all` make one.
+    `balanced` and `nested` layouts depend on masks, so only `plan` and `plan_all` make them.
 
     Raises:
         ValueError: unknown name, or a size is not positive.
     """
-    if name == "balanced":
+    if name in ("balanced", "nested"):
         raise ValueError(
-            "layout='balanced' depends on the masks: take it from plan(..., layout='balanced')"
+            f"layout={name!r} depends on the masks: take it from plan(..., layout={name!r})"
         )
     if name not in LAYOUTS:
         raise ValueError(f"layout={name!r} is not one of {', '.join(LAYOUTS)}")

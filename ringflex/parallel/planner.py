@@ -13,6 +13,7 @@ from ringflex.masks.runs import Array
 from ringflex.parallel.comm import Agreement, Communicator, communicator
 from ringflex.parallel.draft import Draft, MaskFunction, Request
 from ringflex.parallel.layout import Layout
+from ringflex.parallel.machine import Machine
 from ringflex.parallel.needs import need_rows, needs_of
 from ringflex.parallel.plan import Plan, stats_of
 from ringflex.parallel.steps import Step
@@ -29,6 +30,7 @@ def plan(
     layout: str | Layout = "auto",
     strategy: str = "auto",
     block_size: int = 128,
+    machine: Machine | None = None,
 ) -> Plan: ...
 @overload
 def plan(
@@ -41,6 +43,7 @@ def plan(
     layout: str | Layout = "auto",
     strategy: str = "auto",
     block_size: int = 128,
+    machine: Machine | None = None,
 ) -> dict[str, Plan]: ...
 def plan(
     mask_mod: MaskFunction | Mapping[str, MaskFunction],
@@ -52,6 +55,7 @@ def plan(
     layout: str | Layout = "auto",
     strategy: str = "auto",
     block_size: int = 128,
+    machine: Machine | None = None,
 ) -> Plan | dict[str, Plan]:
     """This rank's plan for attention over a sequence sharded across `group`. A collective.
 
@@ -70,11 +74,14 @@ def plan(
         B, H: batch elements and query heads; needed where the mask depends on them.
         layout: "contiguous", "zigzag", "striped", a `Layout`; "balanced": for these masks, every
             rank the same work within two percent where blocks are many, then as few K/V blocks
-            received as can be found; or "auto": the one of them all whose slowest rank has the
-            least to compute and receive (by a rule of thumb, not a measurement).
+            received as can be found; "nested": the same within each node of `machine`, between
+            nodes what is done first; or "auto": the one of them all whose slowest rank is done
+            first, computing, receiving and sending.
         strategy: "ring", "direct", "all_gather", or "auto": the fewest blocks received by any rank
             (ring if it is a tie).
         block_size: tokens per block of the mask, and of what is sent.
+        machine: rates of the GPUs and links that "auto" and "nested" weigh; default: H100s, eight
+            to a node, ranks node by node.
 
     Returns:
         A `Plan`, or a dict of them.
@@ -84,7 +91,7 @@ def plan(
     """
     request = {
         "seq_len": seq_len, "B": B, "H": H, "layout": layout, "strategy": strategy,
-        "block_size": block_size,
+        "block_size": block_size, "machine": machine or Machine(),
     }  # fmt: skip
     return Planning(mask_mod, communicator(group), request).finish()
 
@@ -140,6 +147,7 @@ def plan_all(
     layout: str | Layout = "auto",
     strategy: str = "auto",
     block_size: int = 128,
+    machine: Machine | None = None,
 ) -> list[Plan]:
     """The plans of all ranks in one process, with no process group: for tests and simulation.
 
@@ -153,6 +161,7 @@ def plan_all(
         layout=layout,
         strategy=strategy,
         block_size=block_size,
+        machine=machine or Machine(),
     )
     draft, ranks = Draft({"": mask_mod}, request), range(world_size)
     if draft.layout is None:

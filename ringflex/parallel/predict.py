@@ -12,66 +12,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from ringflex.masks.runs import Array
+from ringflex.parallel.machine import BACKWARD, FORWARD, AttentionShape, Machine
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.steps import Step, Transfer
 
-_FORWARD, _BACKWARD = 4, 10  # floating-point operations a visible pair, head and head dim
 _QUERIES = 3 / 7  # of the backward's matrix products, as two passes compute it: dQ; then dK and dV
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """GPUs and what links them.
-
-    The defaults are for H100s: the rates of the Triton kernels (causal, 65,536 tokens, head dim
-    128, bf16), NVLink as NCCL's point-to-point transfers use it, and 400 Gb/s of network a GPU.
-
-    Attributes:
-        forward, backward: FLOP/s of a kernel, at 4 D and 10 D a pair and head.
-        launch: seconds that a kernel takes beside its work: its first and last programs, and what
-            is done between kernels.
-        gpus_per_node: that `near` links.
-        near, far: bytes/s each way of one GPU, within a node and between nodes.
-        latency: seconds before a transfer's first byte.
-        hidden: share of its own time by which a transfer slows the kernel that it runs beside.
-    """
-
-    forward: float = 462e12
-    backward: float = 424e12
-    launch: float = 40e-6
-    gpus_per_node: int = 8
-    near: float = 200e9
-    far: float = 45e9
-    latency: float = 20e-6
-    hidden: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("forward", "backward", "near", "far", "gpus_per_node"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-        for name in ("launch", "latency", "hidden"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionShape:
-    """The tensors of an attention layer, but for the sequence."""
-
-    batch: int = 1
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    v_head_dim: int | None = None  # as head_dim
-    dtype: torch.dtype = torch.bfloat16
-    gradient_dtype: torch.dtype = torch.float32  # in which dK/dV travel
-
-    @property
-    def dims(self) -> tuple[int, int]:
-        return self.head_dim, self.v_head_dim or self.head_dim
 
 
 class Span(NamedTuple):
@@ -122,7 +69,7 @@ def predict(
     backward, backward_waits = line.backward()
     slowest = int(np.argmax(forward + backward))
     D, Dv = line.shape.dims
-    per_pair = (_FORWARD + _BACKWARD) * (D + Dv) / 2
+    per_pair = (FORWARD + BACKWARD) * (D + Dv) / 2
     return Prediction(
         forward=float(forward.max()),
         backward=float(backward.max()),
@@ -172,7 +119,7 @@ class _Line:
                 self._note("transfer", "K/V", number, begun, arrived)
                 waits += np.maximum(arrived - end, 0)
                 start = np.maximum(end, arrived)
-            end = start + self._seconds(number, _FORWARD, self.machine.forward)
+            end = start + self._seconds(number, FORWARD, self.machine.forward)
             self._note("compute", "forward", number, start, end)
         return end, waits
 
@@ -180,7 +127,7 @@ class _Line:
         """As `forward`: dQ of the local step, every other step's dK/dV and dQ, at last the local
         dK/dV; what returns is waited for one step later."""
         seconds: Callable[[int, float], Array] = lambda step, share: self._seconds(
-            step, _BACKWARD * share, self.machine.backward
+            step, BACKWARD * share, self.machine.backward
         )
         only = len(self.steps) == 1
         start, waits = np.zeros(self.W), np.zeros(self.W)

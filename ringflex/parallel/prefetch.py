@@ -12,6 +12,7 @@ import torch
 
 from ringflex.parallel.comm import communicator
 from ringflex.parallel.draft import MaskFunction
+from ringflex.parallel.machine import Machine
 from ringflex.parallel.planner import Planning
 
 _Batch = TypeVar("_Batch")
@@ -31,7 +32,7 @@ class PlanPrefetcher(Generic[_Batch]):
     Args:
         batches: an iterable; each batch is taken `ahead` batches before it is yielded.
         masks_of: of a batch, what `rf.plan` takes as `mask_mod`: a mask, or a dict of them.
-        group, seq_len, B, H, layout, strategy, block_size: as `rf.plan` takes them.
+        group, seq_len, B, H, layout, strategy, block_size, machine: as `rf.plan` takes them.
         ahead: plans under way or ready, at least 1.
 
     Attributes:
@@ -50,6 +51,7 @@ class PlanPrefetcher(Generic[_Batch]):
         layout: Any = "auto",
         strategy: str = "auto",
         block_size: int = 128,
+        machine: Machine | None = None,
         ahead: int = 1,
     ) -> None:
         if not isinstance(ahead, int) or isinstance(ahead, bool) or ahead < 1:
@@ -58,7 +60,7 @@ class PlanPrefetcher(Generic[_Batch]):
         self.comm = communicator(group)
         self.request = {
             "seq_len": seq_len, "B": B, "H": H, "layout": layout, "strategy": strategy,
-            "block_size": block_size,
+            "block_size": block_size, "machine": machine or Machine(),
         }  # fmt: skip
         self.seconds = 0.0
 

@@ -16,14 +16,12 @@ import numpy as np
 
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array
-from ringflex.parallel.balance import balance, received
+from ringflex.parallel.balance import balance, moved, nested
 from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
+from ringflex.parallel.machine import AttentionShape, Machine
 
-# What receiving a K/V block costs beside the computation it hides behind, in visible blocks
-# computed: about half its transfer on NVLink, in bf16 with four query heads to a K/V head.
-_BLOCKS_PER_TRANSFER = 2.5
-# The balanced layout counts a block received for so many times that: within its limit of balance
-# it saves bytes, which other traffic may want, rather than the last percent of work.
+# The balanced layout counts a block received for so many times what it costs: within its limit of
+# balance it saves bytes, which other traffic may want, rather than the last percent of work.
 _THRIFT = 16
 
 _CHUNKS = 2048  # of one layer; more layers share the room
@@ -78,18 +76,40 @@ class Survey:
         need = np.unpackbits(bits, axis=1, count=columns).astype(bool)
         return cls(chunk=chunk, heads=heads, work=rows[:, 0], need=need)
 
-    def slowest(self, owner: Array, world_size: int) -> float:
-        """When the slowest rank is done computing and receiving, in visible blocks computed."""
+    def slowest(self, owner: Array, world_size: int, costs: Costs) -> float:
+        """When the slowest rank is done computing, receiving and sending, in visible blocks
+        computed."""
         work = np.bincount(owner, self.work, world_size) / self.heads
-        moved = received(self.need, owner, world_size) * self.chunk
-        return float((work + _BLOCKS_PER_TRANSFER * moved).max())
+        chunks = moved(self.need, owner, world_size, costs.node)  # [receive, send], [near, far]
+        links = self.chunk * (costs.near * chunks[:, 0] + costs.far * chunks[:, 1]).max(axis=0)
+        return float(np.maximum(work + costs.hidden * links, links).max())
 
-    def bound(self, world_size: int) -> float:
-        """No layout's `slowest` is less: one row may see more than a rank holds."""
-        chunks, columns = self.need.shape
-        most = int(self.need.sum(axis=1).max()) - columns // world_size
-        work = int(self.work.sum()) / world_size / self.heads
-        return work + _BLOCKS_PER_TRANSFER * self.chunk * max(0, most)
+    def bound(self, world_size: int, costs: Costs) -> float:
+        """No layout's `slowest` is less."""
+        return int(self.work.sum()) / world_size / self.heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What moving a K/V block costs, in visible blocks computed.
+
+    Attributes:
+        near, far: within a node, and between nodes. hidden: share of that, if a kernel runs beside.
+        node: ranks of a node.
+    """
+
+    near: float
+    far: float
+    hidden: float
+    node: int
+
+    @classmethod
+    def of(cls, machine: Machine, block_size: int, shape: AttentionShape | None = None) -> Costs:
+        """Of a shape, by default that of `AttentionShape`: four query heads to a K/V head."""
+        block, near, far = (shape or AttentionShape()).block_costs(machine, block_size)
+        return cls(
+            near=near / block, far=far / block, hidden=machine.hidden, node=machine.gpus_per_node
+        )
 
 
 def chunk_blocks(real_blocks: int, world_size: int, layers: int) -> int:
@@ -101,12 +121,41 @@ def chunk_blocks(real_blocks: int, world_size: int, layers: int) -> int:
     return next((size for size in range(least, 2 * least) if share % size == 0), least)
 
 
-def balanced_layout(survey: Survey, seq_len: int, world_size: int, block_size: int) -> Layout:
+def balanced_layout(
+    survey: Survey, seq_len: int, world_size: int, block_size: int, machine: Machine
+) -> Layout:
     """Every rank the same work within two percent, then as few blocks received as can be found."""
-    transfer = round(_THRIFT * _BLOCKS_PER_TRANSFER * survey.chunk * survey.heads)
-    owner = balance(survey.work, survey.need, world_size, transfer=transfer)
+    costs = Costs.of(machine, block_size)
+    owner = balance(survey.work, survey.need, world_size, transfer=_transfer(survey, costs))
+    return _as_layout("balanced", owner, survey, seq_len, world_size, block_size)
+
+
+def nested_layout(
+    survey: Survey, seq_len: int, world_size: int, block_size: int, machine: Machine
+) -> Layout:
+    """Stretches dealt onto nodes so that the slowest is done first, work and what comes from other
+    nodes weighed by their cost; within each node, balanced."""
+    costs = Costs.of(machine, block_size)
+    owner = nested(
+        survey.work,
+        survey.need,
+        world_size,
+        node=costs.node,
+        transfer=_transfer(survey, costs),
+        far=costs.far * survey.chunk * survey.heads,
+    )
+    return _as_layout("nested", owner, survey, seq_len, world_size, block_size)
+
+
+def _transfer(survey: Survey, costs: Costs) -> int:
+    return round(_THRIFT * costs.hidden * costs.near * survey.chunk * survey.heads)
+
+
+def _as_layout(
+    name: str, owner: Array, survey: Survey, seq_len: int, world_size: int, block_size: int
+) -> Layout:
     return Layout(
-        name="balanced",
+        name=name,
         seq_len=seq_len,
         world_size=world_size,
         block_size=block_size,
@@ -114,23 +163,28 @@ def balanced_layout(survey: Survey, seq_len: int, world_size: int, block_size: i
     )
 
 
-def best_layout(survey: Survey, seq_len: int, world_size: int, block_size: int) -> Layout:
-    """The layout whose slowest rank, computing and receiving, is done first.
+def best_layout(
+    survey: Survey, seq_len: int, world_size: int, block_size: int, machine: Machine
+) -> Layout:
+    """The layout whose slowest rank, computing, receiving and sending, is done first.
 
-    Simple layouts are preferred where a balanced one could save little. Stripes of single blocks
-    are not seen by a survey of larger chunks, and left out.
+    Simple layouts are preferred where another could save little. Stripes of single blocks are not
+    seen by a survey of larger chunks, and left out.
     """
-    sizes = seq_len, world_size, block_size
+    sizes, costs = (seq_len, world_size, block_size), Costs.of(machine, block_size)
     first = np.arange(survey.work.size) * survey.chunk  # block of each chunk
-    costs = []
-    for name in LAYOUTS:
-        if name != "striped" or survey.chunk == 1:
-            layout = make_layout(name, *sizes)
-            owner = layout.owner[np.minimum(first, layout.blocks - 1)]
-            costs.append((survey.slowest(owner, world_size), layout))
-    cost, best = min(costs, key=lambda pair: pair[0])
-    if cost * (1 - _GAIN) <= survey.bound(world_size):
+
+    def cost_of(layout: Layout) -> float:
+        owner = layout.owner[np.minimum(first, layout.blocks - 1)]
+        return survey.slowest(owner, world_size, costs)
+
+    simple = [n for n in LAYOUTS if n != "striped" or survey.chunk == 1]
+    best = min((make_layout(name, *sizes) for name in simple), key=cost_of)
+    least = cost_of(best)
+    if least * (1 - _GAIN) <= survey.bound(world_size, costs):
         return best
-    balanced = balanced_layout(survey, *sizes)
-    lower = survey.slowest(balanced.owner[first], world_size) < cost * (1 - _LEAD)
-    return balanced if lower else best
+    others = [balanced_layout(survey, *sizes, machine)]
+    if world_size > costs.node:
+        others.append(nested_layout(survey, *sizes, machine))
+    other = min(others, key=cost_of)
+    return other if cost_of(other) < least * (1 - _LEAD) else best

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,12 +22,16 @@ from parallel.test_plan_agreement import PLAN_REFUSALS
 from rank_pool import RankPool
 from ringflex.masks.builder import create_block_mask
 from ringflex.parallel import draft as draft_module
-from ringflex.parallel.balance import balance, received
-from ringflex.parallel.survey import Survey, balanced_layout, best_layout, chunk_blocks
+from ringflex.parallel.balance import balance, moved
+from ringflex.parallel.machine import Machine
+from ringflex.parallel.predict import predict
+from ringflex.parallel.survey import Costs, Survey, balanced_layout, best_layout, chunk_blocks
 from ringflex.parallel.swaps import Deal, Problem
 
 TOKENS = 65536
 BLOCKS = TOKENS // 128
+MACHINE = Machine()
+COSTS = Costs.of(MACHINE, 128)
 LIMIT = 1.02
 
 
@@ -164,9 +170,9 @@ def test_swaps_turn_out_as_judged(
         once = [np.array([x]) for x in (s, a, b, length)]
         judged = deal.received_after(r, *once)[:, 0]
         deal.swap(a, b, length)
-        moved = received(need, deal.owner, world_size)
-        assert (deal.moved == moved).all()
-        assert judged.tolist() == [moved[r], moved[s]]
+        received = moved(need, deal.owner, world_size, 8)[0].sum(axis=0)
+        assert (deal.moved == received).all()
+        assert judged.tolist() == [received[r], received[s]]
         assert (deal.work == np.bincount(deal.owner, work, world_size)).all()
 
 
@@ -181,7 +187,7 @@ def test_even_work_then_few_blocks(name: str, world_size: int) -> None:
     if len(masks) == 1:
         layout = rf.plan_all(masks[0], TOKENS, world_size, layout="balanced")[0].layout
     else:
-        layout = balanced_layout(survey_of(masks), TOKENS, world_size, 128)
+        layout = balanced_layout(survey_of(masks), TOKENS, world_size, 128, MACHINE)
     imbalance, moved = measure(layers, layout.owner)
     assert imbalance <= LIMIT
     for simple in LAYOUTS:
@@ -206,7 +212,7 @@ def test_folds_a_causal_triangle(world_size: int) -> None:
 def test_keeps_even_windows_and_chunks_together(world_size: int) -> None:
     for name in ("symmetric window", "chunked", "full"):
         layer = visible(SINGLE[name]())
-        owner = balanced_layout(survey_of([SINGLE[name]()]), TOKENS, world_size, 128).owner
+        owner = balanced_layout(survey_of([SINGLE[name]()]), TOKENS, world_size, 128, MACHINE).owner
         contiguous = rf.make_layout("contiguous", TOKENS, world_size, 128).owner
         assert measure([layer], owner)[1] == measure([layer], contiguous)[1]
 
@@ -300,13 +306,74 @@ def test_no_layout_is_done_before_the_bound(seed: int, world_size: int, density:
     need = random.random((chunks, 2 * chunks)) < density
     survey = Survey(chunk=2, heads=3, work=random.integers(0, 50, chunks), need=need)
     owner = random.permutation(np.repeat(np.arange(world_size), 4))
-    assert survey.slowest(owner, world_size) >= survey.bound(world_size) - 1e-9
+    assert survey.slowest(owner, world_size, COSTS) >= survey.bound(world_size, COSTS) - 1e-9
 
 
-def test_received_by_hand() -> None:
+def test_moved_by_hand() -> None:
     need = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]], dtype=bool)
-    assert received(need, np.array([0, 1, 1, 0]), 2).tolist() == [0, 1]
-    assert received(np.tile(need, 2), np.array([0, 0, 1, 1]), 2).tolist() == [0, 2]
+    none = [0, 0]
+    assert moved(need, np.array([0, 1, 1, 0]), 2, 8).tolist() == [[[0, 1], none], [[1, 0], none]]
+    assert moved(need, np.array([0, 1, 1, 0]), 2, 1).tolist() == [[none, [0, 1]], [none, [1, 0]]]
+    twice = moved(np.tile(need, 2), np.array([0, 0, 1, 1]), 2, 8)
+    assert twice.tolist() == [[[0, 2], none], [[2, 0], none]]
+
+
+# Nodes.
+
+
+def giant_document(tokens: int) -> rf.MaskMod:
+    """Most of the work is that of one document, which is 1.5 ranks of 16 long."""
+    lengths = [tokens // 16 * 3 // 2, *[tokens // 64] * 58]
+    lengths.append(tokens - sum(lengths))
+    return rf.causal() & rf.document_from_lengths(lengths)
+
+
+def test_a_nested_layout_keeps_a_giant_document_within_a_node() -> None:
+    mask, W = giant_document(TOKENS), 16
+    far = {}
+    for layout in ("balanced", "nested"):
+        plans = rf.plan_all(mask, TOKENS, W, layout=layout, machine=replace(MACHINE, far=1e9))
+        owner = plans[0].layout.owner
+        assert sorted(np.bincount(owner)) == [owner.size // W] * W
+        needs = plans[0].needs.dense()[:, 0]
+        nodes = np.arange(W)[:, None] // 8 != owner[None] // 8
+        far[layout] = (needs & nodes).sum(axis=1).max()
+    assert far["nested"] <= far["balanced"] / 4
+    assert far["balanced"] > 0
+
+
+@pytest.mark.parametrize("world_size", [3, 8, 9, 17, 24])
+@pytest.mark.parametrize("tokens", [1, 129, 4099, 20_000])
+def test_nested_covers_every_token_once(world_size: int, tokens: int) -> None:
+    ids = torch.arange(tokens) // 700
+    plans = rf.plan_all(rf.causal() & rf.document(ids), tokens, world_size, layout="nested")
+    positions = torch.cat([plan.positions[plan.valid] for plan in plans])
+    assert sorted(positions.tolist()) == list(range(tokens))
+    assert {plan.layout.name for plan in plans} == {"nested"}
+    assert len({plan.local_len for plan in plans}) == 1
+
+
+def test_auto_weighs_links() -> None:
+    """With slow links between nodes, what keeps the giant document together is done first."""
+    mask, W = giant_document(TOKENS), 16
+    slow, fast = replace(MACHINE, far=2e9), replace(MACHINE, gpus_per_node=16)
+    chosen = {
+        name: rf.plan_all(mask, TOKENS, W, layout="auto", machine=machine)
+        for name, machine in (("slow", slow), ("fast", fast))
+    }
+    assert chosen["slow"][0].layout.name == "nested"
+    assert chosen["fast"][0].layout.name == "balanced"
+    times = {name: predict(plans, machine=slow).both for name, plans in chosen.items()}
+    assert times["slow"] < times["fast"]
+
+
+def test_a_machine_is_checked_and_agreed_upon() -> None:
+    with pytest.raises(TypeError, match=r"machine must be an rf\.Machine, got str"):
+        rf.plan_all(rf.causal(), 128, 2, machine="h100")  # type: ignore[arg-type]
+    plans = [
+        rf.plan_all(rf.causal(), 128, 2, machine=m)[0] for m in (None, MACHINE, Machine(far=1e9))
+    ]
+    assert plans[0].identity == plans[1].identity != plans[2].identity
 
 
 # What "auto" makes of it.
@@ -316,10 +383,10 @@ def test_received_by_hand() -> None:
 @pytest.mark.parametrize("name", SINGLE)
 def test_auto_is_done_first(name: str, world_size: int) -> None:
     survey = survey_of([SINGLE[name]()])
-    best = best_layout(survey, TOKENS, world_size, 128)
+    best = best_layout(survey, TOKENS, world_size, 128, MACHINE)
     simple = {n: rf.make_layout(n, TOKENS, world_size, 128) for n in LAYOUTS}
-    times = {n: survey.slowest(x.owner, world_size) for n, x in simple.items()}
-    assert survey.slowest(best.owner, world_size) <= min(times.values())
+    times = {n: survey.slowest(x.owner, world_size, COSTS) for n, x in simple.items()}
+    assert survey.slowest(best.owner, world_size, COSTS) <= min(times.values())
     if best.name != "balanced":
         assert times[best.name] == min(times.values())
     if name in ("full", "causal", "chunked", "symmetric window"):  # these have a simple optimum
@@ -339,7 +406,7 @@ def test_time(world_size: int) -> None:
         mask = create_block_mask(log_normal(0, tokens), None, None, tokens, tokens)
         survey = Survey.of([mask], chunk)
         start = time.process_time()
-        layout = balanced_layout(survey, tokens, world_size, 128)
+        layout = balanced_layout(survey, tokens, world_size, 128, MACHINE)
         assert time.process_time() - start < seconds
         assert layout.blocks == tokens // 128
 
@@ -403,13 +470,11 @@ def other_choice(*args: Any) -> rf.Layout:
 
 def astray_on_rank(group: dist.ProcessGroup, choice: str) -> None:
     """One rank goes wrong after the surveys, where the others go on to a second agreement."""
-    original = draft_module.balanced_layout
+    chosen = dict(draft_module._CHOICES)
     if dist.get_rank(group) == OFFENDER:
-        draft_module.balanced_layout = globals()[choice]
-    try:
+        chosen["balanced"] = globals()[choice]
+    with patch.object(draft_module, "_CHOICES", chosen):
         rf.plan(group=group, **good_plan_arguments() | {"layout": "balanced"})
-    finally:
-        draft_module.balanced_layout = original
 
 
 def test_a_rank_that_fails_to_choose(pool: RankPool) -> None:

@@ -39,6 +39,30 @@ def fingerprint(plan: rf.Plan) -> tuple[Any, ...]:
     return layout, steps, plan.needs.dense().tolist(), plan.stats, plan.describe()
 
 
+# How many steps there are.
+
+
+def test_what_comes_of_many_ranks_in_few_blocks_comes_in_one_step() -> None:
+    """Every query sees the first block of each rank: seven arrivals, of one block each."""
+    S, W = 8 * 16 * 128, 8
+    first = lambda b, h, q, kv: kv % (16 * 128) < 128
+    plans = rf.plan_all(first, S, W, layout="contiguous", strategy="direct")
+    assert [len(plan.steps) for plan in plans] == [2] * W
+    for plan in plans:
+        assert [t.count for t in plan.steps[1].receives] == [1] * (W - 1)
+        assert {t.peer for t in plan.steps[1].receives} == set(range(W)) - {plan.rank}
+
+
+def test_a_step_brings_at_most_half_of_what_a_rank_holds_unless_of_one() -> None:
+    S, W, share = 8 * 16 * 128, 8, 16
+    some = lambda b, h, q, kv: kv % (16 * 128) < 3 * 128
+    for mask, most in ((some, share // 2), (rf.full(), share)):
+        for plan in rf.plan_all(mask, S, W, layout="contiguous", strategy="direct"):
+            arrivals = [sum(t.count for t in step.receives) for step in plan.steps[1:]]
+            assert max(arrivals) <= most
+            assert sum(arrivals) == sum(plan.stats.blocks_received)
+
+
 # What is received.
 
 

@@ -8,7 +8,8 @@ import torch
 
 import ringflex as rf
 from attention_cases import LAYOUTS, STRATEGIES
-from ringflex.parallel.predict import AttentionShape, Machine, Prediction, Span, predict
+from ringflex.parallel.machine import AttentionShape, Machine
+from ringflex.parallel.predict import Prediction, Span, predict
 
 SHAPE = AttentionShape(batch=2, heads=4, kv_heads=2, head_dim=64)
 MACHINE = Machine(
@@ -74,7 +75,7 @@ def test_a_transfer_slows_the_kernel_beside_it() -> None:
     assert slowed.forward - plain.forward == pytest.approx(0.5 * transfer)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "balanced"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "balanced", "nested"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", [2, 5])
 def test_time_lines_hold_together(layout: str, strategy: str, world_size: int) -> None:

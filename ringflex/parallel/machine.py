@@ -1,0 +1,71 @@
+"""What plans are made for: the rates of GPUs and links, and the shape of attention. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FORWARD, BACKWARD = 4, 10  # floating-point operations a visible pair, head and head dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """GPUs and what links them.
+
+    The defaults are for H100s: the rates of the Triton kernels (causal, 65,536 tokens, head dim
+    128, bf16), NVLink as NCCL's point-to-point transfers use it, and 400 Gb/s of network a GPU.
+
+    Attributes:
+        forward, backward: FLOP/s of a kernel, at 4 D and 10 D a pair and head.
+        launch: seconds that a kernel takes beside its work: its first and last programs, and what
+            is done between kernels.
+        gpus_per_node: that `near` links.
+        near, far: bytes/s each way of one GPU, within a node and between nodes.
+        latency: seconds before a transfer's first byte.
+        hidden: share of its own time by which a transfer slows the kernel that it runs beside.
+    """
+
+    forward: float = 462e12
+    backward: float = 424e12
+    launch: float = 40e-6
+    gpus_per_node: int = 8
+    near: float = 200e9
+    far: float = 45e9
+    latency: float = 20e-6
+    hidden: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "backward", "near", "far", "gpus_per_node"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        for name in ("launch", "latency", "hidden"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """The tensors of an attention layer, but for the sequence."""
+
+    batch: int = 1
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    v_head_dim: int | None = None  # as head_dim
+    dtype: torch.dtype = torch.bfloat16
+    gradient_dtype: torch.dtype = torch.float32  # in which dK/dV travel
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        return self.head_dim, self.v_head_dim or self.head_dim
+
+    def block_costs(self, machine: Machine, block_size: int) -> tuple[float, float, float]:
+        """Seconds, forward and backward together, of one visible block over all heads, and of the
+        K/V block's way to another rank and its gradient's home: within a node, and between."""
+        D, Dv = self.dims
+        rates = FORWARD / machine.forward + BACKWARD / machine.backward
+        computed = block_size**2 * self.heads * (D + Dv) / 2 * rates
+        moved = block_size * self.kv_heads * (D + Dv)
+        moved *= 2 * self.dtype.itemsize + self.gradient_dtype.itemsize
+        return computed, moved / machine.near, moved / machine.far
