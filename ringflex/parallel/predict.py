@@ -110,17 +110,20 @@ class _Line:
 
     def forward(self) -> tuple[Array, Array]:
         """When each rank is done, and how long it has waited."""
-        start, end, waits = np.zeros(self.W), np.zeros(self.W), np.zeros(self.W)
+        start, waits = np.zeros(self.W), np.zeros(self.W)
         for number in range(len(self.steps)):
-            if number:
-                begun, lasts = self._transfer(number, "receives", self._bytes(), start)
-                end = end + self._slowed(number - 1, lasts)
-                arrived = begun + lasts
-                self._note("transfer", "K/V", number, begun, arrived)
-                waits += np.maximum(arrived - end, 0)
-                start = np.maximum(end, arrived)
             end = start + self._seconds(number, FORWARD, self.machine.forward)
+            following = number + 1
+            if following == len(self.steps):
+                self._note("compute", "forward", number, start, end)
+                break
+            begun, lasts = self._transfer(following, "receives", self._bytes(), start)
+            end = end + self._slowed(number, lasts)
             self._note("compute", "forward", number, start, end)
+            arrived = begun + lasts
+            self._note("transfer", "K/V", following, begun, arrived)
+            waits += np.maximum(arrived - end, 0)
+            start = np.maximum(end, arrived)
         return end, waits
 
     def backward(self) -> tuple[Array, Array]:
@@ -132,30 +135,32 @@ class _Line:
         only = len(self.steps) == 1
         start, waits = np.zeros(self.W), np.zeros(self.W)
         end = seconds(0, 1.0 if only else _QUERIES)
-        self._note("compute", "backward" if only else "backward dQ", 0, start, end)
+        name, since, until = "backward" if only else "backward dQ", start, end  # the last kernel
         home: Array | None = None
         for number in range(1, len(self.steps)):
             begun, lasts = self._transfer(number, "receives", self._bytes(), start)
-            end = end + self._slowed(number - 1, lasts)
-            arrived = begun + lasts
+            slowed = self._slowed(number - 1, lasts)
+            self._note("compute", name, number - 1, since, until + slowed)
+            end, arrived = end + slowed, begun + lasts
             self._note("transfer", "K/V", number, begun, arrived)
             waits += np.maximum(arrived - end, 0)
             start = np.maximum(end, arrived)
             made = start + seconds(number, 1 - _QUERIES)
             self._note("compute", "backward dK, dV", number, start, made)
             end = made + seconds(number, _QUERIES)
-            self._note("compute", "backward dQ", number, made, end)
+            since, until = made, end
             if home is not None:
                 waits += np.maximum(home - end, 0)
                 end = np.maximum(end, home)
             begun, lasts = self._transfer(number, "collects", self._bytes(True), made)
-            self._note("transfer", "dK/dV", number, begun, begun + lasts)
             home = begun + lasts
+            self._note("transfer", "dK/dV", number, begun, home)
+        self._note("compute", name, len(self.steps) - 1, since, until)
         if home is not None:
-            last = end + seconds(0, 1 - _QUERIES)
-            self._note("compute", "backward dK, dV", 0, end, last)
-            waits += np.maximum(home - last, 0)
-            end = np.maximum(last, home)
+            done = end + seconds(0, 1 - _QUERIES)
+            self._note("compute", "backward dK, dV", 0, end, done)
+            waits += np.maximum(home - done, 0)
+            end = np.maximum(done, home)
         return end, waits
 
     def _bytes(self, gradients: bool = False) -> float:

@@ -166,8 +166,9 @@ def received_blocks(strategy: str, reads: Reads) -> Array:
 def _schedule(strategy: str, reads: Reads) -> list[list[int]]:
     """The distances to owners that each step after the local one serves; idle ones are left out.
 
-    Directly, several distances share a step, and its launches, while what comes to any rank is at
-    most half of what a rank holds: documents and windows need few blocks of many ranks.
+    Directly, several distances share a step while what comes to any rank, for all batch elements,
+    is at most what a rank holds for one: documents and windows need few blocks of many ranks, and
+    ranks whose work differs from step to step wait for each other at every one.
     """
     every = list(range(1, reads.layout.world_size))
     busy = [d for d in every if reads.at[:, d].any()]
@@ -175,7 +176,7 @@ def _schedule(strategy: str, reads: Reads) -> list[list[int]]:
         return [every] if every else []
     if strategy == "ring":  # what goes far passes through all ranks before
         return [[d] for d in every[: max(busy, default=0)]]
-    room = reads.layout.blocks // reads.layout.world_size * reads.needs.groups // 2
+    room = reads.layout.blocks // reads.layout.world_size
     steps: list[list[int]] = []
     arriving: Array = np.zeros(0)
     for d in busy:
