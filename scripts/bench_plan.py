@@ -157,7 +157,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if r["contender"] != "torch":
             chosen = f" ({r['layout']})" * (r["contender"] == "auto")
             name = f"ringflex, {r['contender']}{chosen}"
-        told = f"{r['told_bytes'] / 1024:,.1f} KiB" if "told_bytes" in r else "-"
+        told = f"{r['told_bytes']:,} bytes" if "told_bytes" in r else "-"
         lines.append(
             f"| {r['tokens']:,} | {r['ranks']:,} | {name} | {r['ms']:,.1f} ms "
             f"| {r['peak_mib']:,.1f} MiB | {told} |"
