@@ -91,7 +91,7 @@ def plan(
     """
     request = {
         "seq_len": seq_len, "B": B, "H": H, "layout": layout, "strategy": strategy,
-        "block_size": block_size, "machine": machine or Machine(),
+        "block_size": block_size, "machine": Machine() if machine is None else machine,
     }  # fmt: skip
     return Planning(mask_mod, communicator(group), request).finish()
 
@@ -161,7 +161,7 @@ def plan_all(
         layout=layout,
         strategy=strategy,
         block_size=block_size,
-        machine=machine or Machine(),
+        machine=Machine() if machine is None else machine,
     )
     draft, ranks = Draft({"": mask_mod}, request), range(world_size)
     if draft.layout is None:

@@ -60,7 +60,7 @@ class PlanPrefetcher(Generic[_Batch]):
         self.comm = communicator(group)
         self.request = {
             "seq_len": seq_len, "B": B, "H": H, "layout": layout, "strategy": strategy,
-            "block_size": block_size, "machine": machine or Machine(),
+            "block_size": block_size, "machine": Machine() if machine is None else machine,
         }  # fmt: skip
         self.seconds = 0.0
 

@@ -27,6 +27,7 @@ _THRIFT = 16
 _CHUNKS = 2048  # of one layer; more layers share the room
 _GAIN = 0.02  # what a balanced layout might at best save, to be worth looking for
 _LEAD = 0.02  # what it must then really save
+_TIE = 0.05
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -82,11 +83,20 @@ class Survey:
         work = np.bincount(owner, self.work, world_size) / self.heads
         chunks = moved(self.need, owner, world_size, costs.node)  # [receive, send], [near, far]
         links = self.chunk * (costs.near * chunks[:, 0] + costs.far * chunks[:, 1]).max(axis=0)
-        return float(np.maximum(work + costs.hidden * links, links).max())
+        beside = work + costs.hidden * links
+        # Where links are what counts, less work is still better.
+        return float(np.maximum(beside, links).max() + _TIE * work.max())
 
     def bound(self, world_size: int, costs: Costs) -> float:
-        """No layout's `slowest` is less."""
-        return int(self.work.sum()) / world_size / self.heads
+        """What no even layout's `slowest` is less than: one row may see more than a rank holds, or
+        its node."""
+        sees = int(self.need.sum(axis=1).max())
+        share = self.need.shape[1] // world_size
+        far = max(0, sees - share * costs.node)
+        near = max(0, sees - share) - far
+        links = self.chunk * (costs.near * near + costs.far * far)
+        work = int(self.work.sum()) / world_size / self.heads
+        return max(work + costs.hidden * links, links)
 
 
 @dataclass(frozen=True, kw_only=True)
