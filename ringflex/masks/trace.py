@@ -165,7 +165,8 @@ class TracedMod:
         if node.target is _INDEX:
             table, indices = args  # type: ignore[misc]
             found = _read(table, indices) if self.scalar else _INDEX(table, indices)  # type: ignore
-            return found.to(node.meta["val"].dtype)
+            # Integers may be kept in few bits; half precision may be read in fp32, and stays so.
+            return found if found.is_floating_point() else found.to(node.meta["val"].dtype)
         if varies and node.target is torch.ops.aten.div.Tensor:
             args = _divided_exactly(args[0], args[1], node.meta["val"].dtype)
         if "device" in kwargs:  # a constant made inside the mod lives where the indices live

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from masks.random_masks import EXTENT, REFUSALS, RandomMask, random_masks
+from ringflex.masks import bounds
 from ringflex.masks.bounds import ALL, NONE, UNDECIDED, MaskBounds, Rectangles
+from ringflex.masks.intervals import Interval
 from ringflex.masks.mods import (
     causal,
     chunked,
@@ -302,3 +304,30 @@ def test_long_documents_are_decided_in_granules() -> None:
         Rectangles(zero, zero, q, q + 127, kv, kv + 127)
     )
     assert (codes == np.where(q // 256 == kv // 256, ALL, NONE)).all()
+
+
+# Long captured tensors.
+
+
+@pytest.mark.parametrize("length", [4096, 4097, 4128, (1 << 21) + 1, (1 << 21) + 77])
+@pytest.mark.parametrize("dtype", [np.int16, np.float64])
+def test_ranges_of_a_long_table_contain_the_true_ones(length: int, dtype: type) -> None:
+    """And are the true ones where whole granules are asked for."""
+    random = np.random.default_rng(0)
+    values = random.integers(-30_000, 30_000, length).astype(dtype)
+    table = bounds._RangeTable(values, 0)
+    assert table.granule == (1 if length <= 4096 else 32 if length < 1 << 21 else 128)
+    first = random.integers(0, length, 300)
+    last = np.minimum(first + random.integers(0, 1 << random.integers(1, 22, 300)), length - 1)
+    last[:2], first[1] = length - 1, 0  # to the end, which no granule fills
+    found = table.query([], Interval(first, last))
+    whole_first = first // table.granule * table.granule
+    whole_last = np.minimum((last // table.granule + 1) * table.granule, length)
+    for i in range(first.size):
+        inside = values[first[i] : last[i] + 1]
+        assert found.lo[i] <= inside.min()
+        assert found.hi[i] >= inside.max()
+        granules = values[whole_first[i] : whole_last[i]]
+        assert (found.lo[i], found.hi[i]) == (granules.min(), granules.max())
+    if dtype == np.int16:
+        assert found.lo.dtype == found.hi.dtype == np.int64
