@@ -69,10 +69,8 @@ class Request:
                     f"the layout is for (seq_len, world_size, block_size) = {theirs}, "
                     f"this plan for {mine}"
                 )
-        elif self.layout not in (*LAYOUTS, *_CHOICES):
-            raise ValueError(
-                f"layout={self.layout!r} is not one of {', '.join([*LAYOUTS, *_CHOICES])}"
-            )
+        elif self.layout not in (known := ["auto", *LAYOUTS, "balanced", "nested"]):
+            raise ValueError(f"layout={self.layout!r} is not one of {', '.join(known)}")
         if not isinstance(self.machine, Machine):
             raise TypeError(f"machine must be an rf.Machine, got {type(self.machine).__name__}")
 
