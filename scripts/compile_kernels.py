@@ -56,8 +56,8 @@ class Configuration:
     Attributes:
         kernel: forward, merge (with a result before), key, query, one_pass, row_terms; staged and
             staged_query: the forward and dQ of one step of several.
-        mods: "none" (a causal mask), "score" (softcap), "captures" (documents and ALiBi with
-            gradients).
+        mods: "none" (a causal mask), "documents" (and causal), "score" (softcap), "captures"
+            (documents and ALiBi with gradients).
     """
 
     target: str
@@ -89,6 +89,8 @@ def configurations() -> Iterator[Configuration]:
             for kernel in ("forward", "key", "query"):
                 for mods in ("none", "score", "captures") if common else ("none",):
                     yield replace(base, target=target, kernel=kernel, D=D, Dv=Dv, mods=mods)
+            if common:  # another tile
+                yield replace(base, target=target, kernel="forward", D=D, Dv=Dv, mods="documents")
         for kernel in ("merge", "one_pass", "row_terms"):
             yield replace(base, target=target, kernel=kernel, mods="none")
         for D in (64, 128, 256):
@@ -109,8 +111,9 @@ def launch_of(c: Configuration) -> Launch:
     slopes = torch.ones(Hq, requires_grad=True)
     if c.mods == "score":
         score = trace_score(rf.softcap(20.0), torch.float32)
-    elif c.mods == "captures":
+    if c.mods in ("documents", "captures"):
         mask &= rf.document(torch.arange(S) // 100)
+    if c.mods == "captures":
         score = trace_score(rf.alibi(slopes), torch.float32)
     block_mask = rf.create_block_mask(mask, None, None, S, S)
     options = KernelOptions(backward="one_pass" if c.kernel == "one_pass" else "auto")
