@@ -1,9 +1,9 @@
 """The forward and backward loops over a plan's steps. One loop serves all strategies.
 
 While step i computes, step i + 1's K/V is under way; on a GPU it is packed, on the communicator's
-stream, and posted once step i's kernel is launched, beside which it costs least. In
-the backward, dK/dV go home one step behind K/V. Partial results are merged, and gradients added, in
-a fixed order: the same inputs give the same bits on every run where the kernel is deterministic.
+stream, and posted once step i's kernel is launched, beside which it costs least. In the backward,
+dK/dV go home one step behind K/V. Partial results are merged, and gradients added, in a fixed
+order: the same inputs give the same bits on every run where the kernel is deterministic.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ def backward(
     dcaptures: Sequence[Tensor | None],
     options: KernelOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the local q, k, v; adds into `dcaptures`.
-
-    In their dtypes, or those of accumulation.
+    """Gradients of the local q, k, v, in their dtypes; adds into `dcaptures`.
 
     A kernel that computes dQ and dK/dV apart does the local dQ first and the local dK/dV last:
     beside the one the first K/V arrive, and beside the other the last dK/dV go home.
