@@ -173,14 +173,17 @@ class _RangeTable:
             span *= 2
 
     def query(self, rows: list[Array], index: Interval) -> Interval:
+        # Not what integers are only stored in: what is calculated with them would wrap around.
+        stored = self.lo[0].dtype
+        fits = stored.kind in "iu" and np.can_cast(stored, np.int64)
+        kind = np.dtype(np.int64) if fits else stored
         if self.whole:
-            return Interval(self.lo[-1].min(keepdims=True)[:1], self.hi[-1].max(keepdims=True)[:1])
+            ends = self.lo[-1].min(keepdims=True)[:1], self.hi[-1].max(keepdims=True)[:1]
+            return Interval(*(end.astype(kind) for end in ends))
         first, last, *rows = np.broadcast_arrays(
             index.lo // self.granule, index.hi // self.granule, *rows
         )
         level = np.frexp((last - first + 1).astype(np.float64))[1] - 1
-        kind = self.lo[0].dtype
-        kind = np.dtype(np.int64) if kind.kind == "i" else kind  # not what is only stored in less
         lo, hi = np.empty(first.shape, kind), np.empty(first.shape, kind)
         for k in np.unique(level):
             at = level == k
@@ -196,9 +199,12 @@ def _extremes(values: Array, granule: int) -> tuple[Array, Array]:
     if granule == 1:
         return values, values
     whole = values.shape[-1] // granule * granule
-    # torch's reductions of short rows take half as long as numpy's.
-    main = torch.from_numpy(values[..., :whole]).unflatten(-1, (-1, granule))
-    lo, hi = main.amin(-1).numpy(), main.amax(-1).numpy()
+    main = values[..., :whole].reshape(*values.shape[:-1], -1, granule)
+    if values.dtype in (np.uint16, np.uint32, np.uint64):  # which torch cannot reduce
+        lo, hi = main.min(-1), main.max(-1)
+    else:  # short rows take it half as long as numpy
+        rows = torch.from_numpy(main)
+        lo, hi = rows.amin(-1).numpy(), rows.amax(-1).numpy()
     if whole == values.shape[-1]:
         return lo, hi
     rest = values[..., whole:]

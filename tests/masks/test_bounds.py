@@ -310,11 +310,11 @@ def test_long_documents_are_decided_in_granules() -> None:
 
 
 @pytest.mark.parametrize("length", [4096, 4097, 4128, (1 << 21) + 1, (1 << 21) + 77])
-@pytest.mark.parametrize("dtype", [np.int16, np.float64])
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.uint8, np.float64])
 def test_ranges_of_a_long_table_contain_the_true_ones(length: int, dtype: type) -> None:
     """And are the true ones where whole granules are asked for."""
     random = np.random.default_rng(0)
-    values = random.integers(-30_000, 30_000, length).astype(dtype)
+    values = random.integers(-30_000, 30_000, length).astype(dtype)  # unsigned ones wrap around
     table = bounds._RangeTable(values, 0)
     assert table.granule == (1 if length <= 4096 else 32 if length < 1 << 21 else 128)
     first = random.integers(0, length, 300)
@@ -329,5 +329,12 @@ def test_ranges_of_a_long_table_contain_the_true_ones(length: int, dtype: type) 
         assert found.hi[i] >= inside.max()
         granules = values[whole_first[i] : whole_last[i]]
         assert (found.lo[i], found.hi[i]) == (granules.min(), granules.max())
-    if dtype == np.int16:
+    if dtype != np.float64:
         assert found.lo.dtype == found.hi.dtype == np.int64
+
+
+def test_the_range_of_a_whole_table_is_not_in_its_storage() -> None:
+    table = bounds._RangeTable(np.array([-30_000, 30_000], dtype=np.int16), 0, whole=True)
+    found = table.query([], Interval(np.array([0]), np.array([0])))
+    assert (found.lo.dtype, found.hi.dtype) == (np.int64, np.int64)
+    assert (found.lo[0], found.hi[0]) == (-30_000, 30_000)
