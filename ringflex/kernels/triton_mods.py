@@ -11,10 +11,9 @@ from torch import Tensor
 from ringflex.kernels.lowering import lower_gradient, lower_mask, lower_score, tanh_is_added
 from ringflex.kernels.mod_tables import TableSpec, table_arguments
 from ringflex.masks.block_mask import BlockMask
+from ringflex.masks.captures import narrowest
 from ringflex.masks.pointwise import PointwiseMod, derivative, pointwise
 from ringflex.masks.trace import TracedMod
-
-_INT32 = torch.iinfo(torch.int32)
 
 
 class Mod(NamedTuple):
@@ -32,13 +31,13 @@ def mask_mod(mask: BlockMask, device: torch.device) -> Mod:
     """The mask of a BlockMask on a device; kept on the traced mask.
 
     Its captured tensors are those of the time when the block mask was built. Integers of 64 bits
-    that fit in 32 are narrowed: comparisons of document ids cost half.
+    that fit in 32 are in_32_bits: comparisons of document ids cost half.
     """
     key, cache = ("triton", device), mask.mask.cache
     if key not in cache:
         body = pointwise(mask.mask)
         host = mask.mask.to(torch.device("cpu"))
-        tables = [narrowed(t).to(device) for t in body.tables(host.captures)]
+        tables = [in_32_bits(t).to(device) for t in body.tables(host.captures)]
         specs = [TableSpec.of(t) for t in tables]
         lowered = lower_mask(body, specs)
         function = None if lowered.trivial else lowered.function
@@ -47,15 +46,11 @@ def mask_mod(mask: BlockMask, device: torch.device) -> Mod:
     return cache[key]
 
 
-def narrowed(table: Tensor) -> Tensor:
-    """Integers in 32 bits where they fit; so are those of 16: one kernel serves both."""
+def in_32_bits(table: Tensor) -> Tensor:
+    """Integers of 64 bits in 32 where they fit; so are those of 16: one kernel serves both."""
     if table.dtype == torch.int16:
         return table.to(torch.int32)
-    if table.dtype != torch.int64 or not table.numel():
-        return table
-    low, high = table.aminmax()
-    fits = low >= _INT32.min and high <= _INT32.max
-    return table.to(torch.int32) if fits else table
+    return table.to(narrowest(table, (torch.int32,))) if table.dtype == torch.int64 else table
 
 
 class ScoreMod:

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringflex.autocast import without_autocast
-from ringflex.masks.fingerprint import fingerprint
+from ringflex.masks.captures import fingerprint, narrowest
 
 INDEX_NAMES = ("b", "h", "q_idx", "kv_idx")
 _INDEX = torch.ops.aten.index.Tensor
@@ -187,11 +187,13 @@ class TracedMod:
     def frozen(self) -> TracedMod:
         """The same mod over copies of its captured tensors: later changes do not reach it. Integers
         that are only looked up, as document ids, are kept in as few bits as hold them."""
-        captures = tuple(
-            _narrowed(c.detach()) if self._looks_up(node) else c.detach().clone()
-            for node, c in self._captured()
-        )
-        return replace(self, captures=captures, cache={})
+        kept = []
+        for node, capture in self._captured():
+            dtype = capture.dtype
+            if dtype in (torch.int64, torch.int32) and self._looks_up(node):
+                dtype = narrowest(capture, (torch.int16, torch.int32))
+            kept.append(capture.detach().to(dtype, copy=True))
+        return replace(self, captures=tuple(kept), cache={})
 
     def _captured(self) -> list[tuple[fx.Node, Tensor]]:
         inputs = [n for n in self.module.graph.nodes if n.op == "placeholder"]
@@ -215,19 +217,6 @@ class TracedMod:
             state.update(f"{node.meta['val'].dtype}{value.dtype}{tuple(value.shape)}".encode())
             fingerprint(value.reshape(-1).view(torch.uint8), state.update)
         return state.digest()
-
-
-_NARROWER = {torch.int64: (torch.int16, torch.int32), torch.int32: (torch.int16,)}
-
-
-def _narrowed(table: Tensor) -> Tensor:
-    """A copy, in the narrowest of some dtypes that holds every value."""
-    if table.dtype in _NARROWER and table.numel():
-        low, high = (int(x) for x in table.aminmax())
-        for dtype in _NARROWER[table.dtype]:
-            if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
-                return table.to(dtype)
-    return table.clone()
 
 
 def _divided_exactly(x: Any, y: Any, dtype: torch.dtype) -> tuple[Any, Any]:

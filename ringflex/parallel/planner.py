@@ -93,24 +93,30 @@ def plan(
         "seq_len": seq_len, "B": B, "H": H, "layout": layout, "strategy": strategy,
         "block_size": block_size, "machine": Machine() if machine is None else machine,
     }  # fmt: skip
-    return Planning(mask_mod, communicator(group), request).finish()
+    return Planning(lambda: mask_mod, communicator(group), request).finish()
 
 
 class Planning:
     """A plan under way: masks are traced and what they capture is copied at once, and `finish`,
-    the collective, may run in another thread. All ranks make and finish theirs in one order."""
+    the collective, may run in another thread. All ranks make and finish theirs in one order.
+
+    Args:
+        mask_mod: makes what `plan` takes; its errors are told to the other ranks like any.
+    """
 
     def __init__(
         self,
-        mask_mod: MaskFunction | Mapping[str, MaskFunction],
+        mask_mod: Callable[[], MaskFunction | Mapping[str, MaskFunction]],
         comm: Communicator | None,
         request: Mapping[str, Any],
     ) -> None:
-        self.comm, self.several = comm, isinstance(mask_mod, Mapping)
+        self.comm, self.several = comm, False
         self.agreement = None if comm is None else comm.prepare()
-        masks = mask_mod if isinstance(mask_mod, Mapping) else {"": mask_mod}
         self.draft: Draft | Exception
         try:
+            given = mask_mod()
+            self.several = isinstance(given, Mapping)
+            masks = given if isinstance(given, Mapping) else {"": given}
             world_size = comm.size if comm else 1
             self.draft = Draft(masks, Request(world_size=world_size, **request))
         except Exception as error:  # the other ranks must hear of it where they wait for this one

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -27,7 +28,8 @@ class PlanPrefetcher(Generic[_Batch]):
 
     What masks capture is copied when a batch is taken from `batches`, and may be changed after; if
     it is on the CPU, nothing waits for a GPU. All ranks of the group must take the same number of
-    batches. An error of planning, on any rank, is raised on all where that batch would come.
+    batches. An error of `masks_of` or of planning, on any rank, is raised on all where that batch
+    would come.
 
     Args:
         batches: an iterable; each batch is taken `ahead` batches before it is yielded.
@@ -71,7 +73,7 @@ class PlanPrefetcher(Generic[_Batch]):
             ready: deque[tuple[_Batch, Future[Any], float]] = deque()
             for batch in self.batches:
                 started = time.perf_counter()
-                planning = Planning(self.masks_of(batch), self.comm, self.request)
+                planning = Planning(partial(self.masks_of, batch), self.comm, self.request)
                 future = pool.submit(_finish, planning)
                 ready.append((batch, future, time.perf_counter() - started))
                 if len(ready) > self.ahead:

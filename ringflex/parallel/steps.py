@@ -178,12 +178,11 @@ def _schedule(strategy: str, reads: Reads) -> list[list[int]]:
         return [[d] for d in every[: max(busy, default=0)]]
     room = reads.layout.blocks // reads.layout.world_size
     steps: list[list[int]] = []
-    arriving: Array = np.zeros(0)
+    arriving = np.full(reads.layout.world_size, room + 1)  # no step yet that could be shared
     for d in busy:
-        together = arriving + reads.at[:, d] if steps else reads.at[:, d]
-        if steps and together.max() <= room:
+        arriving = arriving + reads.at[:, d]
+        if arriving.max() <= room:
             steps[-1].append(d)
-            arriving = together
         else:
             steps.append([d])
             arriving = reads.at[:, d]

@@ -22,7 +22,7 @@ from kernels.random_scores import EXTENT, HEADS
 from ringflex.kernels.contract import Tile
 from ringflex.kernels.lowering import lower_mask
 from ringflex.kernels.mod_tables import TableSpec, gradient_arguments, table_arguments
-from ringflex.kernels.triton_mods import ScoreMod, accumulators, narrowed
+from ringflex.kernels.triton_mods import ScoreMod, accumulators, in_32_bits
 from ringflex.masks.pointwise import pointwise
 from ringflex.masks.trace import trace_mask, trace_score
 
@@ -53,7 +53,7 @@ def score_kernel(
 def of_mask(fn: Callable[..., Tensor]) -> tuple[Any, ...]:
     traced = trace_mask(fn)
     body = pointwise(traced)
-    tables = [narrowed(t) for t in body.tables(traced.captures)]
+    tables = [in_32_bits(t) for t in body.tables(traced.captures)]
     specs = [TableSpec.of(t) for t in tables]
     function = lower_mask(body, specs).function
     return mask_kernel, (torch.zeros(32 * 32).int(), table_arguments(tables, specs), function, 32)

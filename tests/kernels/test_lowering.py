@@ -23,7 +23,7 @@ from ringflex.kernels import lowering
 from ringflex.kernels.lowering import lower_gradient, lower_mask, lower_score
 from ringflex.kernels.mod_tables import TableSpec, gradient_arguments, table_arguments
 from ringflex.kernels.triton_math import ADD
-from ringflex.kernels.triton_mods import ScoreMod, accumulators, narrowed
+from ringflex.kernels.triton_mods import ScoreMod, accumulators, in_32_bits
 from ringflex.masks.pointwise import pointwise
 from ringflex.masks.trace import trace_mask, trace_score
 
@@ -69,7 +69,7 @@ def apply_score(
 def lowered_mask(mask_mod: Callable[..., Tensor], B: int = 2, H: int = HEADS) -> Tensor:
     traced = trace_mask(mask_mod).to(DEVICE)
     body = pointwise(traced)
-    tables = [narrowed(t) for t in body.tables(traced.captures)]
+    tables = [in_32_bits(t) for t in body.tables(traced.captures)]
     specs = [TableSpec.of(t) for t in tables]
     result = torch.full((B, H, SIZE, SIZE), -1, dtype=torch.int32, device=DEVICE)
     apply_mask[(B, H)](

@@ -57,12 +57,14 @@ def test_plans_are_those_of_plan(pool: RankPool, ahead: int) -> None:
     assert pool.run(prefetched_on_rank, 3, ahead) == [[4]] * 3
 
 
-def failing_on_rank(group: dist.ProcessGroup) -> str:
+def failing_on_rank(group: dist.ProcessGroup, raises: bool) -> str:
     """Rank 1 has no mask for the third batch."""
     seen = 0
 
     def masks(number: int) -> rf.MaskMod:
         bad = number == 2 and dist.get_rank(group) == 1
+        if bad and raises:
+            raise ValueError("no mask today")
         return None if bad else rf.document(documents(number))  # type: ignore[return-value]
 
     try:
@@ -73,8 +75,11 @@ def failing_on_rank(group: dist.ProcessGroup) -> str:
     return "no error"
 
 
-def test_an_error_is_raised_on_all_ranks_where_the_batch_would_come(pool: RankPool) -> None:
-    first, second = pool.run(failing_on_rank, 2)
+@pytest.mark.parametrize("raises", [False, True])
+def test_an_error_is_raised_on_all_ranks_where_the_batch_would_come(
+    pool: RankPool, raises: bool
+) -> None:
+    first, second = pool.run(failing_on_rank, 2, raises)
     assert first.startswith("2 rank 1 refused: ")
     assert second.startswith("2 ")
     assert "mask" in second

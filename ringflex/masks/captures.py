@@ -1,9 +1,9 @@
-"""Many megabytes in a few, for a hash: as fast as memory is read."""
+"""What is kept of captured tensors: integers in few bits, and something that stands for a hash."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,8 +12,18 @@ from torch import Tensor
 _WORDS = 1 << 14  # of 8 bytes, that become one
 
 
+def narrowest(table: Tensor, dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The first of some integer dtypes that holds every value; else the table's own."""
+    if not table.numel():
+        return table.dtype
+    low, high = (int(x) for x in table.aminmax())
+    fits = (d for d in dtypes if torch.iinfo(d).min <= low and high <= torch.iinfo(d).max)
+    return next(fits, table.dtype)
+
+
 def fingerprint(data: Tensor, update: Callable[..., object]) -> None:
-    """Gives `update` something that stands for `data` (uint8 `[n]`, on the CPU).
+    """Gives `update`, of a hash, something that stands for `data` (uint8 `[n]`, on the CPU), as
+    fast as memory is read.
 
     Of every 128 KiB, a sum of its words, each times a random odd number, modulo 2^64
     (Dietzfelbinger et al., "A reliable randomized algorithm for the closest-pair problem", 1997):
