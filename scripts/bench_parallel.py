@@ -25,10 +25,12 @@ kernel, no peers, small lengths) it only shows that it works.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import gc
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -46,6 +48,7 @@ import ringflex as rf
 from parallel_check import check
 from parallel_measure import (
     MASKS,
+    SHORT,
     Contender,
     Problem,
     Run,
@@ -162,7 +165,7 @@ def bench(
 
     with contender.context():
         if contender.warm is not None and not arguments.once:
-            world.together(lambda: torch.autograd.grad(contender.warm(*leaves), leaves, dout))
+            world.together(partial(_both, contender.warm, leaves, dout))
         found |= measure(world, contender, tensors, seconds, inspect)
     if plan is not None and world.size > 1 and not arguments.once:
         mute = Contender(name="", run=_attention(silent(plan, world), arguments.backend))
@@ -179,6 +182,21 @@ def bench(
             base = found.get(f"one_{way}", one[way])
             found[f"{way}_efficiency"] = base / (world.size * found[way])
     return found
+
+
+def _rehearse(world: World, arguments: argparse.Namespace, spec: Spec) -> None:
+    """A short sequence by every way of ours: kernels are loaded, and ranks know each other."""
+    short = dataclasses.replace(spec, tokens=min(spec.tokens, SHORT))
+    for _, make in ours(world, arguments, short, problem(short, world.device)):
+        contender = world.together(make)
+        *leaves, dout = world.together(partial(inputs, short, world.device, contender))
+        for run in (contender.warm, contender.run):
+            assert run is not None
+            world.together(partial(_both, run, leaves, dout))
+
+
+def _both(run: Run, leaves: list[Tensor], dout: Tensor) -> None:
+    torch.autograd.grad(run(*leaves), leaves, dout)
 
 
 def _traffic(world: World, spec: Spec, plan: rf.Plan, received: int) -> dict[str, Any]:
@@ -206,11 +224,14 @@ def _traffic(world: World, spec: Spec, plan: rf.Plan, received: int) -> dict[str
 def bench_case(world: World, arguments: argparse.Namespace, spec: Spec) -> Iterator[dict[str, Any]]:
     """The rows of one problem, one by one."""
     p = problem(spec, world.device)
+    if arguments.once:
+        _rehearse(world, arguments, spec)
     one = one_gpu(world, arguments, spec, p) if arguments.baseline else None
     kinds = list(ours(world, arguments, spec, p))
     if arguments.peers and world.on_gpu:
         kinds += peers(world, spec, p)
-    kinds = [(name, make) for name, make in kinds if not any(w in name for w in arguments.without)]
+    unwanted = set(arguments.without)
+    kinds = [(name, make) for name, make in kinds if unwanted.isdisjoint(re.findall(r"\w+", name))]
     common = {
         "mask": spec.mask, "tokens": spec.tokens, "heads": spec.heads, "kv_heads": spec.kv_heads,
         "dim": spec.dim, "dtype": str(spec.dtype).removeprefix("torch."), "pairs": p.pairs,
@@ -265,7 +286,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
-        "--without", nargs="+", default=[], help="parts of the names of contenders to leave out"
+        "--without", nargs="+", default=[], help="words in the names of contenders to leave out"
     )
     parser.add_argument(
         "--baseline", action=argparse.BooleanOptionalAction, default=True,
@@ -276,7 +297,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
     parser.add_argument(
         "--once", action="store_true",
-        help="time the first run, for very long sequences; kernels must be compiled already",
+        help="time the first run, for very long sequences",
     )  # fmt: skip
     parser.add_argument("--timeout", type=float, default=60, help="seconds; longer than any run")
     parser.add_argument("--device", choices=["cuda", "cpu"])

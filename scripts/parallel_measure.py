@@ -23,7 +23,7 @@ WINDOW = 4096
 _SHARES = (18.6, 28.2, 24.6, 15.7, 7.3, 3.1, 1.3, 0.9, 0.4)
 _ENDS = (200, 500, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _HEAD_START = 3_500_000  # cycles
-_UNSCALED = 16384  # tokens from which on windows and documents have their true lengths
+SHORT = 16384  # tokens from which on windows and documents have their true lengths
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -59,7 +59,7 @@ def problem(spec: Spec, device: torch.device) -> Problem:
     if spec.mask == "causal":
         return Problem(mask_mod=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, pairs=triangle)
     if spec.mask == "window":
-        width = min(WINDOW, max(1, S * WINDOW // _UNSCALED))
+        width = min(WINDOW, max(1, S * WINDOW // SHORT))
         return Problem(
             mask_mod=lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < width),
             pairs=width * (width + 1) // 2 + (S - width) * width,
@@ -79,7 +79,7 @@ def _document_lengths(mask: str, tokens: int) -> Tensor:
     """As many lengths as tokens, the same on every rank: `documents` log-normal, mean about 3k
     (as in bench_kernels.py); `mixed` by the table above, capped at a quarter of the total."""
     generator = torch.Generator().manual_seed(0)
-    shrink = min(1.0, tokens / _UNSCALED)
+    shrink = min(1.0, tokens / SHORT)
     if mask == "documents":
         drawn = torch.empty(tokens).log_normal_(7.5, 1.0, generator=generator)
         return (drawn * shrink).long() + 1

@@ -4,6 +4,7 @@ parallelism, ring-flash-attn, and SDPA on one GPU. Each exists in one form for e
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ringflex as rf
-from parallel_measure import Contender, Problem, Run, Spec, World, problem, silent
+from parallel_measure import SHORT, Contender, Problem, Run, Spec, World, problem, silent
 
 FLEX = "torch flex, all-gather"
 _LONGEST = 65536  # tokens of what FlexAttention is compiled for ahead: more take much memory
@@ -175,8 +176,8 @@ def precompile(world: World, specs: list[Spec], with_peers: bool, seconds: float
     `seconds`, is compiled again when needed."""
     if world.rank:
         return
-    shortest_last = sorted(specs, key=lambda s: -s.tokens)  # ours serve every length
-    jobs = [("ours", s) for s in {s.mask: s for s in shortest_last}.values()]
+    short = [dataclasses.replace(s, tokens=min(s.tokens, SHORT)) for s in specs]
+    jobs = [("ours", s) for s in {s.mask: s for s in short}.values()]  # serve every length
     jobs += [("flex", s) for s in specs if with_peers and s.tokens <= _LONGEST]
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     children = []

@@ -196,7 +196,7 @@ class Communicator(Agreement):
 def _side_stream(device: int) -> torch.cuda.Stream:
     """Where messages are packed and transfers wait. Its small kernels go before those that wait for
     room on the GPU. One for all groups: memory that it was given stays with it."""
-    return torch.cuda.Stream(device, priority=-1)
+    return torch.cuda.Stream(device, priority=-2)
 
 
 class Exchange:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, compute_dtype
 from ringflex.masks.trace import TracedMod
 from ringflex.parallel.comm import Communicator, Exchange
+from ringflex.parallel.lanes import Lanes
 from ringflex.parallel.packing import Pair, add, add_all, new_message, pack, unpack
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.steps import Step, Transfer
@@ -74,41 +75,42 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the local q, k, v, in their dtypes; adds into `dcaptures`.
 
-    A kernel that computes dQ and dK/dV apart does the local dQ first and the local dK/dV last:
-    beside the one the first K/V arrive, and beside the other the last dK/dV go home.
+    A kernel that computes dQ and dK/dV apart leaves the local dK/dV, for which nothing waits,
+    behind all the rest: on a GPU they fill what room there is beside it (see `lanes`).
     """
     several = len(plan.steps) > 1
     home = _new(Pair(k, v), compute_dtype(q.dtype) if several else k.dtype)
-    filled = False  # whether home holds anything
-    apart = several and kernel.has_separate_passes(options)
+    apart = kernel.has_separate_passes(options)
     calls = _Calls(plan, kernel, dout, q, terms, score, scale, dcaptures, options)
-    arrivals = _Arrivals(plan, Pair(k, v))
-    returning: _Return | None = None
-    for number, step, held in arrivals:
-        if number == 0:
-            if step.mask is not None:
-                filled = not apart
+    lanes = Lanes(q.device)
+    with lanes.ahead():
+        arrivals = _Arrivals(plan, Pair(k, v))
+        returning: _Return | None = None
+        for number, step, held in arrivals:
+            if number == 0:
+                if step.mask is None:
+                    _zero(home)
+                    continue
                 calls.run(0, step, held, None if apart else home, queries=True)
-            continue
-        back = _Return(plan, number, step, held, options)
-        if step.mask is not None:
-            calls.run(number, step, held, back.gradients, queries=not apart)
-        back.seal()
-        arrivals.post()
-        if apart and step.mask is not None:
-            calls.run(number, step, held, None, queries=True)
+                if apart:
+                    with lanes.behind():
+                        calls.run(0, step, held, home, queries=False)
+                continue
+            back = _Return(plan, number, step, held, options)
+            if step.mask is not None:
+                calls.run(number, step, held, back.gradients, queries=not apart)
+            back.seal()
+            arrivals.post()
+            if apart and step.mask is not None:
+                calls.run(number, step, held, None, queries=True)
+            if returning is not None:
+                lanes.meet()
+                returning.add_into(home)
+            back.post()
+            returning = back
         if returning is not None:
-            filled = returning.add_into(home, filled)
-        back.post()
-        returning = back
-    local = plan.steps[0]
-    if apart and local.mask is not None:
-        calls.run(0, local, Pair(k, v), home, queries=False, add=filled)
-        filled = True
-    if not filled:
-        _zero(home)
-    if returning is not None:
-        home = returning.added_to(home, k.dtype)
+            lanes.meet()
+            home = returning.added_to(home, k.dtype)
     return calls.dq, *home
 
 
@@ -144,7 +146,6 @@ class _Calls:
         gradients: Pair | None,
         *,
         queries: bool,
-        add: bool = False,
     ) -> None:
         """One launch: dK/dV into `gradients` (or nothing of the kind), dQ if `queries`."""
         assert step.mask is not None
@@ -153,7 +154,6 @@ class _Calls:
             dk=None if gradients is None else gradients.k,
             dv=None if gradients is None else gradients.v,
             dcaptures=self.dcaptures,
-            add_kv=add,
             stage=step.stage,
             running_q=self.running_q,
         )
@@ -260,18 +260,12 @@ class _Return:
             self.ready, "dK/dV", self.number,
         )  # fmt: skip
 
-    def add_into(self, home: Pair, filled: bool) -> bool:
-        """Adds what came home; whether home holds anything then.
-
-        filled: whether it does already.
-        """
+    def add_into(self, home: Pair) -> None:
+        """Adds what came home."""
         assert self.exchange is not None
         self.exchange.wait()
-        if self.messages and not filled:
-            _zero(home)
         for transfer, message in zip(self.step.collects, self.messages, strict=True):
             add(transfer, message, home, self.block_size)
-        return filled or bool(self.messages)
 
     def added_to(self, home: Pair, dtype: torch.dtype) -> Pair:
         """`home` and what came home, in `dtype`."""

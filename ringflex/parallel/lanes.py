@@ -1,0 +1,64 @@
+"""Two streams of a GPU for one backward, so that no kernel's end leaves the GPU half empty.
+
+The last programs of a kernel end one by one, and the next kernel on the stream, which waits for
+all of them, finds room that nothing used: with documents or a window of few thousand tokens that is
+a tenth of the time. What others wait for runs *ahead*, on a stream of high priority. What nobody
+waits for, the local dK/dV, is left *behind* on the program's own stream, to run wherever there is
+room.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_PRIORITY = -1  # above that of the program's own stream; transfers are above this
+
+
+class Lanes:
+    """On a CPU there is one lane, and all runs in the order of the program."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._own = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._left: torch.cuda.Event | None = None
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """What is launched inside begins after all that the program's stream was given before, and
+        ends before what it is given later."""
+        if self._own is None:
+            yield
+            return
+        stream = _ahead_of(self._own.device_index)
+        stream.wait_stream(self._own)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            self._own.wait_stream(stream)
+
+    @contextmanager
+    def behind(self) -> Iterator[None]:
+        """Inside `ahead`, for once: what is launched inside waits for nothing of `ahead`, so it
+        must use nothing of that."""
+        if self._own is None:
+            yield
+            return
+        with torch.cuda.stream(self._own):
+            yield
+        self._left = self._own.record_event()
+
+    def meet(self) -> None:
+        """What was left behind is done for what is launched ahead from now on."""
+        if self._left is not None:
+            torch.cuda.current_stream().wait_event(self._left)
+            self._left = None
+
+
+@functools.cache
+def _ahead_of(device: int) -> torch.cuda.Stream:
+    """One for all calls: memory that it was given stays with it."""
+    return torch.cuda.Stream(device, priority=_PRIORITY)
