@@ -65,6 +65,13 @@ def _masks(rows: Sequence[Row]) -> list[str]:
     return sorted({r["mask"] for r in rows}, key=ORDER.index)
 
 
+def _by_length(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    found: dict[int, list[Row]] = {}
+    for r in rows:
+        found.setdefault(r["tokens"], []).append(r)
+    return found
+
+
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     """Each contender's colour and marker, in a fixed order."""
     names = {r["contender"] for r in rows}
@@ -155,11 +162,15 @@ def plot_speed(rows: Sequence[Row], gpus: int, path: Path) -> None:
 
 
 def plot_bytes(rows: Sequence[Row], gpus: int, path: Path) -> None:
-    """MiB received by the rank that receives most: bars by mask and strategy, longest sequence."""
+    """MiB received by the rank that receives most: bars by mask and strategy, for the length that
+    most masks were measured at."""
     plt = pyplot()
     rows = [r for r in rows if r.get("bytes_received") is not None]
-    longest = max((r["tokens"] for r in rows), default=0)
-    rows = [r for r in rows if r["tokens"] == longest]
+    most = max((len(_masks(of_length)) for of_length in _by_length(rows).values()), default=0)
+    tokens = max(
+        (n for n, some in _by_length(rows).items() if len(_masks(some)) == most), default=0
+    )
+    rows = [r for r in rows if r["tokens"] == tokens]
     masks, styles = _masks(rows), _styles(rows)
     figure, axis = plt.subplots(figsize=(max(6.5, 1.9 * len(masks)), 4.2), layout="constrained")
     width = 0.85 / max(1, len(styles))
@@ -172,7 +183,7 @@ def plot_bytes(rows: Sequence[Row], gpus: int, path: Path) -> None:
         axis.bar_label(bars, fmt="{:,.0f}", fontsize=9, padding=2)
     axis.set_xticks(range(len(masks)), [TITLES[m].replace(", ", ",\n") for m in masks])
     axis.set_ylabel("MiB received per rank\nforward + backward")
-    axis.set_title(f"K/V and dK/dV moved, {longest:,} tokens over {gpus} GPUs (lower is better)")
+    axis.set_title(f"K/V and dK/dV moved, {tokens:,} tokens over\n{gpus} GPUs (lower is better)")
     axis.margins(y=0.12)
     if styles:
         axis.legend(frameon=False, ncols=min(3, len(styles)), loc="upper center",

@@ -16,7 +16,7 @@ from parallel_measure import Contender, Spec, World, inputs
 from parallel_plots import pyplot
 from ringflex.parallel.timeline import Timeline
 
-_TRACKS = ("compute", "transfer")
+_TRACKS = ("compute", "behind", "transfer")
 _KINDS = ("#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#d55e00", "#999999")
 
 

@@ -58,3 +58,25 @@ def test_bench_plan_measures(contender: str) -> None:
     if contender != "torch":
         assert row["steps"] >= 1
         assert 0 < row["told_bytes"] < 10_000
+
+
+def test_predictions_are_compared_with_what_was_measured(tmp_path: Path) -> None:
+    """A machine with no launch times and the record's rates needs what the record says."""
+    common = {
+        "mask": "causal", "tokens": 2048, "gpus": 2, "heads": 4, "kv_heads": 2, "dim": 64,
+        "dtype": "bfloat16", "forward": 1000.0, "both": 3500.0, "one_forward": 2000.0,
+        "one_both": 7000.0,
+    }  # fmt: skip
+    names = ("ringflex direct, zigzag", "ringflex ring", "torch flex, all-gather")
+    rows = [common | {"contender": name} for name in names]
+    rows.append({"mask": "causal", "contender": "ringflex ring", "error": "OutOfMemoryError"})
+    record, output = tmp_path / "parallel.json", tmp_path / "predictions.json"
+    record.write_text(json.dumps({"machine": "an abacus", "rows": rows}))
+    printed = run("check_predictions.py", str(record), "--near", "1e12", "--output", str(output))
+    found = json.loads(output.read_text())
+    assert found["measured_on"] == "an abacus"
+    assert [r["contender"] for r in found["rows"]] == list(names[:2])
+    for r in found["rows"]:
+        for way in ("forward", "both"):
+            assert r[f"predicted_{way}"] == pytest.approx(r[way], rel=1e-3)
+    assert "| causal, 2,048 | 2 | ringflex ring | 1,000.00 / 3,500.00 |" in printed

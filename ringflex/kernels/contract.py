@@ -59,7 +59,6 @@ class Gradients:
             of another, which are written once. dq, or dk and dv, may be None: not wanted.
         dcaptures: accumulators shaped like the score mod's captured tensors, fp32 or fp64; None
             where no gradient is wanted. They are added to by the call that computes dq.
-        add_kv: add to dk and dv instead of overwriting them.
         stage, running_q: as in `forward`, for dq; running_q is in the compute dtype.
     """
 
@@ -67,7 +66,6 @@ class Gradients:
     dk: Tensor | None
     dv: Tensor | None
     dcaptures: Sequence[Tensor | None]
-    add_kv: bool = False
     stage: Stage | None = None
     running_q: Tensor | None = None
 

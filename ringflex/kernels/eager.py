@@ -147,11 +147,8 @@ def backward(
         assert g.running_q is not None
         g.stage.begin(g.running_q, 0.0)
     targets = (g.dq if g.running_q is None else g.running_q, g.dk, g.dv)
-    sums = (g.running_q, *((g.dk, g.dv) if g.add_kv else (None, None)))
-    dq, dk, dv = (
-        torch.zeros_like(x, dtype=dtype) if before is None else before.to(dtype)
-        for x, before in zip(targets, sums, strict=True)
-    )
+    dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (g.dk, g.dv))
+    dq = torch.zeros_like(g.dq, dtype=dtype) if g.running_q is None else g.running_q
     tiles = _Tiles(q, k, v, mask, score, scale)
     dout_, lse_, delta_, dq_ = (tiles.query_blocks(x) for x in (dout, *terms, dq))
     dk_, dv_ = tiles.key_blocks(dk), tiles.key_blocks(dv)

@@ -167,7 +167,7 @@ def key_kernel(
     q_len, kv_len, q_limit, kv_limit, padded_len, kv_heads, group, blocks,
     row_stride_b, row_stride_h, order_stride_b, order_stride_h, kv_stride_b,
     mask_mod: tl.constexpr, score_mod: tl.constexpr, score_grad: tl.constexpr, HOW: tl.constexpr,
-    PARTIAL: tl.constexpr, IN_ORDER: tl.constexpr, ADD: tl.constexpr, ONE_PASS: tl.constexpr,
+    PARTIAL: tl.constexpr, IN_ORDER: tl.constexpr, ONE_PASS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_M: tl.constexpr, TILES_N: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     TMA: tl.constexpr, ROWS_TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -176,8 +176,7 @@ def key_kernel(
 
     lse, delta: row terms, descriptors (if ROWS_TMA) or pointers. dq: fp32, contiguous, of the
     one-pass form; `into`, the gradients of tables, too. dk, dv: (pointer, strides).
-    ADD: add to dk and dv instead of overwriting them. The others as in `forward_kernel`, but for
-    rows of keys; `order` has strides of its own.
+    The others as in `forward_kernel`, but for rows of keys; `order` has strides of its own.
     """
     program = tl.program_id(0)
     per_head = blocks * TILES_N
@@ -211,8 +210,8 @@ def key_kernel(
             BLOCK_M, TILES_M, D, D_PAD, DV, DV_PAD, TMA, ROWS_TMA, PRECISION, STAGES,
         )  # fmt: skip
     dk_tile, dv_tile = carry
-    store_tile(dk, b, kv_head, start, kv_len, dk_tile * scale, D, ADD)
-    store_tile(dv, b, kv_head, start, kv_len, dv_tile, DV, ADD)
+    store_tile(dk, b, kv_head, start, kv_len, dk_tile * scale, D)
+    store_tile(dv, b, kv_head, start, kv_len, dv_tile, DV)
 
 
 @triton.jit
@@ -315,8 +314,8 @@ def query_kernel(
             if turn & BEGINS == 0:
                 dq_tile += load_tile(running, b, h, start, q_len, BLOCK_M, D, D_PAD, False)
             if turn & ENDS == 0:
-                store_tile(running, b, h, start, q_len, dq_tile, D, False)
+                store_tile(running, b, h, start, q_len, dq_tile, D)
             else:
-                store_tile(dq, b, h, start, q_len, dq_tile, D, False)
+                store_tile(dq, b, h, start, q_len, dq_tile, D)
         else:
-            store_tile(dq, b, h, start, q_len, dq_tile, D, False)
+            store_tile(dq, b, h, start, q_len, dq_tile, D)

@@ -44,16 +44,14 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(x, b, h, row, length, value, D: tl.constexpr, ADD: tl.constexpr):
-    """Writes `value [ROWS, D_PAD]` to (or adds it to) rows of `x[b, h]`, up to `length` and `D`."""
+def store_tile(x, b, h, row, length, value, D: tl.constexpr):
+    """Writes `value [ROWS, D_PAD]` to rows of `x[b, h]`, up to `length` and `D`."""
     rows, cols = tl.arange(0, value.shape[0]), tl.arange(0, value.shape[1])
     start = x[0] + b.to(tl.int64) * x[1] + h.to(tl.int64) * x[2] + row.to(tl.int64) * x[3]
     places = start + rows[:, None] * x[3] + cols[None, :] * x[4]
     inside = (row + rows < length)[:, None]
     if value.shape[1] > D:
         inside = inside & (cols < D)[None, :]
-    if ADD:
-        value += tl.load(places, mask=inside, other=0.0)
     tl.store(places, value.to(x[0].dtype.element_ty), mask=inside)
 
 

@@ -178,11 +178,11 @@ def forward_kernel(
         part_lse = tl.where(nothing, float("-inf"), top + tl.log2(tl.where(nothing, 1.0, total)))
     if STAGED:
         if turn & ENDS == 0:
-            store_tile(before_out, b, h, start, q_len, result, DV, False)
+            store_tile(before_out, b, h, start, q_len, result, DV)
             tl.store(row_places(before_lse, b, h, row), part_lse * LN2, mask=inside)
         else:
-            store_tile(out, b, h, start, q_len, result, DV, False)
+            store_tile(out, b, h, start, q_len, result, DV)
             tl.store(row_places(lse, b, h, row), part_lse * LN2, mask=inside)
     else:
-        store_tile(out, b, h, start, q_len, result, DV, False)
+        store_tile(out, b, h, start, q_len, result, DV)
         tl.store(row_places(lse, b, h, row), part_lse * LN2, mask=inside)

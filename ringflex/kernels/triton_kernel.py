@@ -242,7 +242,7 @@ class _Backward:
         setup, g, mask = self.setup, self.gradients, self.setup.mask
         assert g.dk is not None and g.dv is not None
         dk, dv = g.dk, g.dv
-        key = ("keys", *self.key, dq is not None, tuple(wanted), g.add_kv)
+        key = ("keys", *self.key, dq is not None, tuple(wanted))
         target = dk if dq is None else dq
 
         def rows_by_descriptor(tile: Tile) -> bool:
@@ -274,7 +274,7 @@ class _Backward:
                 (
                     setup.mask_mod.function, self.score_function, self.gradient_function(wanted),
                     ADD.value, setup.has_partial(lists), setup.positions.kv_in_order,
-                    g.add_kv, dq is not None, *setup.tiles(tile), *setup.dims,
+                    dq is not None, *setup.tiles(tile), *setup.dims,
                     self.tma, rows_by_descriptor(tile), setup.precision, tile.num_stages,
                 ),
                 tile,
@@ -282,8 +282,8 @@ class _Backward:
 
         ready = setup.prepared.get(key)
         if ready is None:
-            repeatable = dq is None and not g.add_kv
-            ready = setup.prepare(key, "key", self.mod, prepare, arguments if repeatable else None)
+            repeatable = arguments if dq is None else None
+            ready = setup.prepare(key, "key", self.mod, prepare, repeatable)
         ready(*arguments(ready.tile))
 
     def queries(

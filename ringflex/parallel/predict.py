@@ -25,7 +25,7 @@ class Span(NamedTuple):
     """Something that a rank does, from `start` to `end` (seconds)."""
 
     rank: int
-    track: str  # "compute" or "transfer"
+    track: str  # "compute", "behind" (see lanes.py) or "transfer"
     name: str
     step: int
     start: float
@@ -127,40 +127,55 @@ class _Line:
         return end, waits
 
     def backward(self) -> tuple[Array, Array]:
-        """As `forward`: dQ of the local step, every other step's dK/dV and dQ, at last the local
-        dK/dV; what returns is waited for one step later."""
+        """As `forward`: dQ of the local step, and every other step's dK/dV and dQ; the local dK/dV
+        beside them, wherever a rank would wait, and at the end (`behind`: what is left of it). What
+        returns is waited for one step later."""
         seconds: Callable[[int, float], Array] = lambda step, share: self._seconds(
             step, BACKWARD * share, self.machine.backward
         )
-        only = len(self.steps) == 1
         start, waits = np.zeros(self.W), np.zeros(self.W)
-        end = seconds(0, 1.0 if only else _QUERIES)
-        name, since, until = "backward" if only else "backward dQ", start, end  # the last kernel
+        end = seconds(0, _QUERIES)
+        behind = self.pairs[0] * BACKWARD * (1 - _QUERIES) * self.dim / self.machine.backward
+        done = np.zeros(self.W)  # when nothing is
+        since, until = start, end  # the last dQ
         home: Array | None = None
+
+        def wait(end: Array, arrived: Array) -> Array:
+            nonlocal waits
+            gap = np.maximum(arrived - end, 0)
+            filled = fill(end, gap)
+            waits = waits + gap - filled
+            return end + gap
+
+        def fill(end: Array, gap: Array) -> Array:
+            nonlocal behind, done
+            filled = np.minimum(gap, behind)
+            done = np.where(filled > 0, end + filled, done)
+            behind = behind - filled
+            return filled
+
         for number in range(1, len(self.steps)):
             begun, lasts = self._transfer(number, "receives", self._bytes(), start)
             slowed = self._slowed(number - 1, lasts)
-            self._note("compute", name, number - 1, since, until + slowed)
+            self._note("compute", "backward dQ", number - 1, since, until + slowed)
             end, arrived = end + slowed, begun + lasts
             self._note("transfer", "K/V", number, begun, arrived)
-            waits += np.maximum(arrived - end, 0)
-            start = np.maximum(end, arrived)
+            start = wait(end, arrived)
             made = start + seconds(number, 1 - _QUERIES)
             self._note("compute", "backward dK, dV", number, start, made)
             end = made + seconds(number, _QUERIES)
             since, until = made, end
-            if home is not None:
-                waits += np.maximum(home - end, 0)
-                end = np.maximum(end, home)
+            if home is not None:  # what came home is added to the local dK/dV
+                end = wait(end, home)
+                end = end + fill(end, behind)
             begun, lasts = self._transfer(number, "collects", self._bytes(True), made)
             home = begun + lasts
             self._note("transfer", "dK/dV", number, begun, home)
-        self._note("compute", name, len(self.steps) - 1, since, until)
+        self._note("compute", "backward dQ", len(self.steps) - 1, since, until)
+        end = end + fill(end, behind)
+        self._note("behind", "backward dK, dV", 0, np.zeros(self.W), done)
         if home is not None:
-            done = end + seconds(0, 1 - _QUERIES)
-            self._note("compute", "backward dK, dV", 0, end, done)
-            waits += np.maximum(home - done, 0)
-            end = np.maximum(done, home)
+            end = wait(end, home)
         return end, waits
 
     def _bytes(self, gradients: bool = False) -> float:

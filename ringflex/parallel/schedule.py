@@ -94,7 +94,7 @@ def backward(
                 calls.run(0, step, held, None if apart else home, queries=True)
                 if apart:
                     with lanes.behind():
-                        calls.run(0, step, held, home, queries=False)
+                        calls.run(0, step, held, home, queries=False, track="behind")
                 continue
             back = _Return(plan, number, step, held, options)
             if step.mask is not None:
@@ -146,6 +146,7 @@ class _Calls:
         gradients: Pair | None,
         *,
         queries: bool,
+        track: str = "compute",
     ) -> None:
         """One launch: dK/dV into `gradients` (or nothing of the kind), dQ if `queries`."""
         assert step.mask is not None
@@ -158,7 +159,7 @@ class _Calls:
             running_q=self.running_q,
         )
         passes = "dQ, dK, dV" if queries and gradients else "dQ" if queries else "dK, dV"
-        with computing(f"backward {passes}", number):
+        with computing(f"backward {passes}", number, track):
             self.kernel.backward(
                 self.dout, self.q, *held, self.terms, step.mask, self.score, self.scale, wanted,
                 self.options,

@@ -25,7 +25,8 @@ class Span:
     """What ran from `start` to `end`, in seconds since the timeline began.
 
     Attributes:
-        track: "compute" or "transfer". name: what it was. step: of the plan.
+        track: "compute", "behind" (see `lanes`) or "transfer".
+        name: what it was. step: of the plan.
     """
 
     track: str
@@ -97,9 +98,9 @@ def begin(track: str, name: str, step: int) -> Open | None:
 
 
 @contextmanager
-def computing(name: str, step: int) -> Iterator[None]:
+def computing(name: str, step: int, track: str = "compute") -> Iterator[None]:
     """What is computed inside is a span of the timeline that is recording, if one is."""
-    span = begin("compute", name, step)
+    span = begin(track, name, step)
     yield
     if span is not None:
         span.end()

@@ -151,7 +151,9 @@ def check_needs(case: Case, plans: list[rf.Plan]) -> None:
         assert sent == sum(sum(getattr(p.stats, f"{what}_received")) for p in plans)
 
 
-def plans_of(case: Case, world_size: int, layout: str, strategy: str) -> list[rf.Plan]:
+def plans_of(
+    case: Case, world_size: int, layout: str, strategy: str, machine: rf.Machine | None = None
+) -> list[rf.Plan]:
     return rf.plan_all(
         case.mask_mod(),
         case.seq_len,
@@ -161,20 +163,22 @@ def plans_of(case: Case, world_size: int, layout: str, strategy: str) -> list[rf
         layout=layout,
         strategy=strategy,
         block_size=case.block_size,
+        machine=machine,
     )
 
 
-@settings(max_examples=15)
+@settings(max_examples=34)  # 500 and more in all
 @given(data=st.data())
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "balanced", "nested"])
 def test_steps_of_all_ranks_fit_together(layout: str, strategy: str, data: st.DataObject) -> None:
     case = Case(
         mask=data.draw(st.sampled_from(list(MASKS))),
         seq_len=data.draw(st.integers(1, 320)),
         block_size=data.draw(st.sampled_from([7, 16, 32])),
     )
-    plans = plans_of(case, data.draw(st.integers(1, 9)), layout, strategy)
+    nodes = rf.Machine(gpus_per_node=data.draw(st.integers(1, 4)))
+    plans = plans_of(case, data.draw(st.integers(1, 9)), layout, strategy, nodes)
     play(plans)
     check_needs(case, plans)
 
