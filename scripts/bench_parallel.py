@@ -26,10 +26,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import gc
 import json
-import os
 import re
 import sys
 import time
@@ -55,8 +53,10 @@ from parallel_measure import (
     Sample,
     Spec,
     World,
+    default_device,
     describe,
     inputs,
+    join,
     measure,
     problem,
     silent,
@@ -72,7 +72,6 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 OURS = "ringflex"
 # Between two results that were each rounded, by dtype of the inputs.
 LARGEST_DIFFERENCE = {torch.bfloat16: 2**-6, torch.float32: 1e-5}
-_CONTROL_TIMEOUT = datetime.timedelta(minutes=20)  # while one rank compiles or computes alone
 
 
 def ours(world: World, arguments: argparse.Namespace, spec: Spec, p: Problem) -> Iterator[Peer]:
@@ -300,13 +299,11 @@ def parse() -> argparse.Namespace:
         help="time the first run, for very long sequences",
     )  # fmt: skip
     parser.add_argument("--timeout", type=float, default=60, help="seconds; longer than any run")
-    parser.add_argument("--device", choices=["cuda", "cpu"])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default=default_device())
     parser.add_argument("--output", type=Path, default=RESULTS / "parallel.json")
     parser.add_argument("--merge", action="store_true", help="add to what the output holds")
     parser.add_argument("--commit", help="the commit measured, where git cannot tell")
     arguments = parser.parse_args()
-    if arguments.device is None:
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = arguments.device == "cuda"
     arguments.backend = "auto" if on_gpu else "eager"
     if arguments.lengths is None:
@@ -314,28 +311,11 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def start(arguments: argparse.Namespace) -> World:
-    if "WORLD_SIZE" not in os.environ:
-        sys.exit("start it with torchrun --nproc-per-node N scripts/bench_parallel.py")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    timeout = datetime.timedelta(seconds=arguments.timeout)
-    device = torch.device("cpu")
-    if arguments.device == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
-    else:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", timeout=timeout)
-    control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
-    return World(rank=rank, size=size, device=device, control=control)
-
-
 def main() -> None:
     arguments = parse()
     warnings.filterwarnings("ignore")
     started = time.time()
-    world = start(arguments)
+    world = join(arguments.device, arguments.timeout)
 
     def say(text: str) -> None:
         if world.rank == 0:

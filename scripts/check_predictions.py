@@ -30,7 +30,6 @@ from ringflex.parallel.predict import predict
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 OURS = "ringflex "
-NEAR = 300e9  # bytes/s of NCCL's point-to-point transfers between two H200s
 
 
 def predictable(row: dict[str, Any]) -> bool:
@@ -98,7 +97,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("record", nargs="?", type=Path, default=RESULTS / "parallel.json")
-    parser.add_argument("--near", type=float, default=NEAR, help="bytes/s each way of one GPU")
+    parser.add_argument(
+        "--near", type=float, default=Machine.near, help="bytes/s each way of one GPU"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "predictions.json")
     arguments = parser.parse_args()
     record = json.loads(arguments.record.read_text())

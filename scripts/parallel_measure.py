@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +26,7 @@ WINDOW = 4096
 _SHARES = (18.6, 28.2, 24.6, 15.7, 7.3, 3.1, 1.3, 0.9, 0.4)
 _ENDS = (200, 500, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _HEAD_START = 3_500_000  # cycles
+_CONTROL_TIMEOUT = datetime.timedelta(minutes=20)  # while one rank compiles or computes alone
 SHORT = 16384  # tokens from which on windows and documents have their true lengths
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -167,6 +171,31 @@ class World:
 
     def milliseconds(self, start: Any, end: Any) -> float:
         return start.elapsed_time(end) if self.on_gpu else (end - start) * 1e3
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def join(device: str, timeout: float) -> World:
+    """The ranks that torchrun started: NCCL on GPUs, gloo on CPUs.
+
+    timeout: seconds; longer than any collective.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(f"start it with torchrun --nproc-per-node N {sys.argv[0]}")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    limit = datetime.timedelta(seconds=timeout)
+    where = torch.device("cpu")
+    if device == "cuda":
+        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(where)
+        dist.init_process_group("nccl", timeout=limit, device_id=where)
+    else:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", timeout=limit)
+    control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+    return World(rank=rank, size=size, device=where, control=control)
 
 
 def describe(error: BaseException) -> str:

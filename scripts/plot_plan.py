@@ -32,8 +32,8 @@ def main() -> None:
         generator = torch.Generator().manual_seed(0)
         median = torch.tensor(args.documents).log().item()
         lengths = torch.empty(args.seq_len).log_normal_(median, 1.0, generator=generator)
-        ids = torch.repeat_interleave(torch.arange(args.seq_len), lengths.long() + 1)
-        mask = mask & rf.document(ids[: args.seq_len])
+        ends = (lengths.long() + 1).cumsum(0)
+        mask = mask & rf.document(torch.searchsorted(ends, torch.arange(args.seq_len), right=True))
     plans = rf.plan_all(mask, args.seq_len, args.ranks, layout=args.layout, strategy=args.strategy)
     for plan in plans:
         print(plan.describe(), end="\n\n")

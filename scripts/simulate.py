@@ -5,10 +5,10 @@
     python scripts/simulate.py --masks causal --tokens 1048576 --strategies ring direct all_gather
     python scripts/simulate.py --masks documents --gpus 8 --far 25e9 --trace trace.json
 
-The plans are the real ones, of all ranks; kernels and transfers are replaced by their times on a
-`ringflex.parallel.predict.Machine`, whose rates are options here (`--help`). What is predicted is
-one attention layer, forward and forward + backward. TFLOP/s count visible pairs, 4 D and 10 D each;
-efficiency is against the kernels' rate. Prints a table, and writes JSON and a plot to
+The plans are the real ones, of all ranks; kernels and transfers are replaced by their times on an
+`rf.Machine`, whose rates are options here (`--help`), or what calibrate.py wrote (`--machine`). What
+is predicted is one attention layer, forward and forward + backward. TFLOP/s count visible pairs, 4 D
+and 10 D each; efficiency is against the kernels' rate. Prints a table, and writes JSON and a plot to
 `benchmarks/results/`. The time line of `--trace` is for Perfetto, with a picture beside it.
 """
 
@@ -143,9 +143,8 @@ def parse() -> argparse.Namespace:
     for field in dataclasses.fields(Machine):
         flag = f"--{field.name.replace('_', '-')}"
         kind = int if field.name == "gpus_per_node" else float
-        parser.add_argument(
-            flag, type=kind, default=field.default, help=f"default {field.default:g}"
-        )
+        parser.add_argument(flag, type=kind, help=f"default {field.default:g}")
+    parser.add_argument("--machine", type=Path, help="rates that calibrate.py measured")
     parser.add_argument("--trace", type=Path, help="the last prediction's time line")
     parser.add_argument("--output", type=Path, default=RESULTS / "simulated.json")
     return parser.parse_args()
@@ -153,8 +152,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    names = [field.name for field in dataclasses.fields(Machine)]
-    machine = Machine(**{name: getattr(arguments, name) for name in names})
+    machine = Machine() if arguments.machine is None else Machine.load(arguments.machine)
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Machine)}
+    machine = dataclasses.replace(machine, **{k: v for k, v in given.items() if v is not None})
     shape = {name: getattr(arguments, name) for name in ("heads", "kv_heads", "dim")}
     rows: list[dict[str, Any]] = []
     print("\n".join(table([]).splitlines()))

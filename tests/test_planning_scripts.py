@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import ringflex as rf
+
 pytest.importorskip("matplotlib", reason="scripts/simulate.py draws its results")
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -58,6 +60,39 @@ def test_bench_plan_measures(contender: str) -> None:
     if contender != "torch":
         assert row["steps"] >= 1
         assert 0 < row["told_bytes"] < 10_000
+
+
+def test_a_machine_is_calibrated(tmp_path: Path) -> None:
+    """Two processes of this machine; what they wrote is what simulate.py then takes."""
+    output = tmp_path / "machine.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += ["2", str(SCRIPTS / "calibrate.py"), "--tokens", "512", "--heads", "2"]
+    command += ["--kv-heads", "1", "--dim", "16", "--megabytes", "1", "--seconds", "0.05"]
+    command += ["--device", "cpu", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads(output.read_text())
+    measured = {"forward", "backward", "launch", "gpus_per_node", "near", "latency"}
+    assert set(written["measured"]) == measured
+    machine = rf.Machine.load(output)
+    assert machine.gpus_per_node == 2
+    assert machine.far == rf.Machine().far  # one node
+    assert 1e6 < machine.near < 1e12 and 0 < machine.latency < 1 and 0 < machine.launch < 1
+    assert 1e6 < machine.forward < 1e13 and 1e6 < machine.backward < 1e13
+    found = tmp_path / "simulated.json"
+    run(
+        "simulate.py", "--machine", str(output), "--far", "1e9", "--masks", "causal", "--gpus", "2",
+        "--tokens-per-gpu", "1024", "--output", str(found),
+    )  # fmt: skip
+    assert json.loads(found.read_text())["machine"] == {**written["machine"], "far": 1e9}
+
+
+@pytest.mark.parametrize("text", ["[]", '{"machine": {"speed": 1}}', '{"machine": {"near": 0}}'])
+def test_a_file_that_is_no_machine_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "machine.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"wanted|near must be positive"):
+        rf.Machine.load(path)
 
 
 def test_predictions_are_compared_with_what_was_measured(tmp_path: Path) -> None:

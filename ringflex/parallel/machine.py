@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -35,9 +38,23 @@ class Machine:
     latency: float = 20e-6
     hidden: float = 0.5
 
+    @classmethod
+    def load(cls, path: str | Path) -> Machine:
+        """What `scripts/calibrate.py` wrote: the fields under "machine" of a JSON file.
+
+        Raises:
+            ValueError: the file holds something else, or a rate that cannot be.
+        """
+        written = json.loads(Path(path).read_text())
+        fields = written.get("machine") if isinstance(written, dict) else None
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(fields, dict) or not fields.keys() <= set(names):
+            raise ValueError(f'{path}: wanted {{"machine": {{...}}}} with some of {names}')
+        return cls(**fields)
+
     def __post_init__(self) -> None:
         for name in ("forward", "backward", "near", "far", "gpus_per_node"):
-            if not getattr(self, name) > 0:
+            if not getattr(self, name) > 0:  # nor NaN
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
         for name in ("launch", "latency", "hidden"):
             if not getattr(self, name) >= 0:
