@@ -6,10 +6,11 @@
     python scripts/simulate.py --masks documents --gpus 8 --far 25e9 --trace trace.json
 
 The plans are the real ones, of all ranks; kernels and transfers are replaced by their times on an
-`rf.Machine`, whose rates are options here (`--help`), or what calibrate.py wrote (`--machine`). What
-is predicted is one attention layer, forward and forward + backward. TFLOP/s count visible pairs, 4 D
-and 10 D each; efficiency is against the kernels' rate. Prints a table, and writes JSON and a plot to
-`benchmarks/results/`. The time line of `--trace` is for Perfetto, with a picture beside it.
+`rf.Machine`, whose rates are options here (`--help`), or what calibrate.py wrote (`--machine`).
+What is predicted is one attention layer, forward and forward + backward. TFLOP/s count visible
+pairs, 4 D and 10 D each; efficiency is against the kernels' rate. Prints a table, and writes JSON
+and a plot to `benchmarks/results/`. The time line of `--trace` is for Perfetto, with a picture
+beside it.
 """
 
 from __future__ import annotations

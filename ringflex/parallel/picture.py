@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +15,27 @@ if TYPE_CHECKING:
     from ringflex.parallel.plan import Plan
 
 _CELLS = 128  # of the mask's picture, per side
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8"/>
+<title>{title}</title>
+<style>
+body {{ font-family: sans-serif; margin: 2em }}
+svg {{ max-width: 100%; height: auto }}
+</style>
+</head>
+<body>
+{svg}
+<pre>{words}</pre>
+</body>
+</html>
+"""
 
 
 def plot_plan(plan: Plan, path: str) -> None:
-    """Saves the picture to `path`; the ending chooses the format."""
+    """Saves the picture to `path`; the ending chooses the format. An HTML page holds the picture as
+    SVG, and the plan in words; it refers to nothing else."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -32,7 +52,19 @@ def plot_plan(plan: Plan, path: str) -> None:
         f"{plan.rows.mask.name}: {plan.seq_len:,} tokens on {plan.world_size} ranks, "
         f"{plan.layout.name} layout, {plan.strategy}"
     )
-    figure.savefig(path, dpi=130)
+    if not path.lower().endswith((".html", ".htm")):
+        figure.savefig(path, dpi=130)
+        return
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    svg = drawn.getvalue()
+    Path(path).write_text(
+        _PAGE.format(
+            title=html.escape(plan.rows.mask.name),
+            svg=svg[svg.index("<svg") :],
+            words=html.escape(plan.describe()),
+        )
+    )
 
 
 def _colours(ranks: int) -> Any:

@@ -3,6 +3,7 @@
 import math
 from itertools import product
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -215,6 +216,23 @@ def test_plot(world_size: int, tmp_path: Path) -> None:
     plan = rf.plan_all(mask, 500, world_size, block_size=16)[0]
     plan.plot(str(tmp_path / "plan.png"))
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_as_a_page(tmp_path: Path) -> None:
+    """A page that is well-formed, holds plan and picture, and refers to nothing else."""
+    pytest.importorskip("matplotlib")
+    mask = rf.causal() & rf.document(random_documents(500, 1))
+    plan = rf.plan_all(mask, 500, 4, block_size=16)[1]
+    path = tmp_path / "plan.html"
+    plan.plot(str(path))
+    page = ElementTree.fromstring(path.read_text().removeprefix("<!DOCTYPE html>"))
+    assert page.findtext("head/title") == plan.rows.mask.name
+    assert page.findtext("body/pre") == plan.describe()
+    drawing = page.find("body/{http://www.w3.org/2000/svg}svg")
+    assert drawing is not None
+    links = [v for x in drawing.iter() for k, v in x.attrib.items() if k.endswith("href")]
+    assert links and all(link.startswith(("#", "data:")) for link in links)
+    assert not list(page.iter("script")) and not list(page.iter("link"))
 
 
 def test_every_layout_and_strategy_has_a_plan() -> None:
