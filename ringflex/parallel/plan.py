@@ -213,7 +213,7 @@ class Plan:
     def plot(self, path: str) -> None:
         """Saves a picture of the plan: the mask by owner, the work, who sends to whom.
 
-        path: its ending chooses the format: PNG, SVG, PDF, or HTML, which has the plan in words too.
+        path: its ending chooses the format: PNG, SVG, PDF, or HTML with the plan in words too.
         Needs matplotlib (`pip install ringflex[plots]`).
         """
         from ringflex.parallel.picture import plot_plan
