@@ -154,7 +154,7 @@ def test_trace_is_for_perfetto(tmp_path):
     write_trace([[span], [span | {"track": "compute"}]], "title", tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     first, second = (e for e in events if e["ph"] == "X")
-    assert (first["pid"], first["tid"], second["pid"], second["tid"]) == (0, 1, 1, 0)
+    assert (first["pid"], first["tid"], second["pid"], second["tid"]) == (0, 2, 1, 0)
     assert (first["ts"], first["dur"]) == (pytest.approx(1000), pytest.approx(2000))  # microseconds
     assert (tmp_path / "trace.png").stat().st_size > 3000
 

@@ -19,7 +19,7 @@ from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
 from ringflex.parallel.machine import Machine
 from ringflex.parallel.needs import Reads, need_rows, needs_of
 from ringflex.parallel.plan import Plan, stats_of
-from ringflex.parallel.steps import STRATEGIES, build_steps, received_blocks
+from ringflex.parallel.steps import AUTOMATIC, STRATEGIES, build_steps, received_blocks
 from ringflex.parallel.survey import (
     Survey,
     balanced_layout,
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from ringflex.parallel.comm import Communicator
 
 MaskFunction = Callable[..., Tensor]
+
+# GPUs of a node for which a block from another node comes, if it comes once for all: tried on
+# packed documents, with 2 to 8 nodes of eight.
+_SHARED = 2
 
 # Layouts that depend on the masks.
 _CHOICES = {"auto": best_layout, "balanced": balanced_layout, "nested": nested_layout}
@@ -61,6 +65,14 @@ class Request:
             raise ValueError(
                 f"strategy={self.strategy!r} is not one of auto, {', '.join(STRATEGIES)}"
             )
+        if not isinstance(self.machine, Machine):
+            raise TypeError(f"machine must be an rf.Machine, got {type(self.machine).__name__}")
+        per_node = self.machine.gpus_per_node
+        if self.strategy == "hierarchical" and self.world_size % min(per_node, self.world_size):
+            raise ValueError(
+                f"strategy='hierarchical' wants whole nodes: {self.world_size} ranks are not a "
+                f"multiple of {per_node} GPUs per node; pass machine=rf.Machine(gpus_per_node=...)"
+            )
         if isinstance(self.layout, Layout):
             mine = self.sizes
             theirs = (self.layout.seq_len, self.layout.world_size, self.layout.block_size)
@@ -71,8 +83,6 @@ class Request:
                 )
         elif self.layout not in (known := ["auto", *LAYOUTS, "balanced", "nested"]):
             raise ValueError(f"layout={self.layout!r} is not one of {', '.join(known)}")
-        if not isinstance(self.machine, Machine):
-            raise TypeError(f"machine must be an rf.Machine, got {type(self.machine).__name__}")
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -157,7 +167,10 @@ class Draft:
         heads = math.lcm(*(builder.H for builder in builders))
         survey = Survey.from_rows(np.concatenate(told), chunk, heads, layers * blocks // chunk)
         choice = _CHOICES[self.request.layout]  # type: ignore[index]
-        self.layout = choice(survey, *self.request.sizes, self.request.machine)
+        machine = self.request.machine
+        if self.request.strategy == "hierarchical":
+            machine = replace(machine, far=min(machine.near, machine.far * _SHARED))
+        self.layout = choice(survey, *self.request.sizes, machine)
 
     def settle(self, rank: int, told: list[Array]) -> tuple[tuple[str, bytes], Array]:
         """Chooses the layout; then what this rank tells of its rows on it."""
@@ -187,7 +200,7 @@ class Draft:
             reads = Reads(self.layout, needs)
             strategy = self.request.strategy
             if strategy == "auto":
-                strategy = min(STRATEGIES, key=lambda s: received_blocks(s, reads).max())
+                strategy = min(AUTOMATIC, key=lambda s: received_blocks(s, reads).max())
             self.heard.append((reads, work.tolist(), strategy))
 
     def plans(self, rank: int, comm: Communicator | None) -> dict[str, Plan]:
@@ -198,7 +211,7 @@ class Draft:
         for (name, builder), rows, (reads, work, strategy) in zip(
             self.builders.items(), self.rows[rank], self.heard, strict=True
         ):
-            steps = build_steps(strategy, rank, reads, rows)
+            steps = build_steps(strategy, rank, reads, rows, self.request.machine.gpus_per_node)
             plans[name] = Plan(
                 rank=rank,
                 world_size=layout.world_size,

@@ -75,6 +75,22 @@ class Needs:
         np.add.at(edges, (self.rank, self.group, self.end), -1)
         return np.cumsum(edges, axis=2)[:, :, :-1] > 0
 
+    def shared(self, size: int) -> Needs:
+        """What ranks see between them, `size` in a row at a time: a rank here is such a row."""
+        rank = self.rank // size
+        order = np.lexsort((self.start, self.group, rank))
+        rank, group = rank[order], self.group[order]
+        shift = (rank * self.groups + group) * self.blocks  # ranges of different places lie apart
+        start, end = self.start[order] + shift, self.end[order] + shift
+        reach = np.maximum.accumulate(end)
+        first = np.flatnonzero(np.concatenate([[True], start[1:] > reach[:-1]])[: start.size])
+        end = reach[np.append(first[1:], start.size) - 1] if first.size else end
+        shift = shift[first]
+        return Needs(
+            self.world_size // size, self.groups, self.blocks,
+            rank[first], group[first], start[first] - shift, end - shift,
+        )  # fmt: skip
+
 
 class Reads:
     """Needs on a layout: who reads what from whom.
@@ -92,6 +108,15 @@ class Reads:
         for reader, _, owner, start, end in self._pieces(self._all()):
             np.add.at(self.at, (reader, (reader - owner) % W), end - start)
         self.at[:, 0] = 0
+
+    def counts(self, needs: Needs) -> Array:
+        """int64 `[readers, W]`: blocks that the readers of other needs read of each owner."""
+        found = np.zeros((needs.world_size, self.layout.world_size), dtype=np.int64)
+        for reader, _, owner, start, end in self._pieces(
+            (needs.rank, needs.group, needs.start, needs.end)
+        ):
+            np.add.at(found, (reader, owner), end - start)
+        return found
 
     def by(self, rank: int) -> list[dict[int, Array]]:
         """Per group: by owner, the blocks that a rank's queries see of others, ascending."""

@@ -77,8 +77,9 @@ def plan(
             received as can be found; "nested": the same within each node of `machine`, between
             nodes what is done first; or "auto": the one of them all whose slowest rank is done
             first, computing, receiving and sending.
-        strategy: "ring", "direct", "all_gather", or "auto": the fewest blocks received by any rank
-            (ring if it is a tie).
+        strategy: "ring", "direct", "all_gather"; "hierarchical": a block comes to a node once, and
+            goes on within it, for nodes of `machine.gpus_per_node` ranks; or "auto": of the first
+            three the one with the fewest blocks received by any rank (ring if it is a tie).
         block_size: tokens per block of the mask, and of what is sent.
         machine: rates of the GPUs and links that "auto" and "nested" weigh; default: H100s, eight
             to a node, ranks node by node.

@@ -138,7 +138,9 @@ class _Line:
         behind = self.pairs[0] * BACKWARD * (1 - _QUERIES) * self.dim / self.machine.backward
         done = np.zeros(self.W)  # when nothing is
         since, until = start, end  # the last dQ
-        home: Array | None = None
+        into = {step[0].into: n for n, step in enumerate(self.steps) if step[0].into is not None}
+        relaying: set[int] = set()
+        sent: list[tuple[int, Array]] = []  # the steps whose dK/dV are on their way
 
         def wait(end: Array, arrived: Array) -> Array:
             nonlocal waits
@@ -154,6 +156,23 @@ class _Line:
             behind = behind - filled
             return filled
 
+        def send(number: int, posted: Array) -> None:
+            begun, lasts = self._transfer(number, "collects", self._bytes(True), posted)
+            self._note("transfer", "dK/dV", number, begun, begun + lasts)
+            sent.append((number, begun + lasts))
+
+        def settle(end: Array) -> Array:
+            came, sent[:] = list(sent), []
+            for number, arrived in came:
+                end = wait(end, arrived)
+                relay = self.steps[number][0].into
+                if relay is None:  # it is added to the local dK/dV
+                    end = end + fill(end, behind)
+                elif into[relay] == number:
+                    relaying.remove(relay)
+                    send(relay, end)
+            return end
+
         for number in range(1, len(self.steps)):
             begun, lasts = self._transfer(number, "receives", self._bytes(), start)
             slowed = self._slowed(number - 1, lasts)
@@ -165,17 +184,18 @@ class _Line:
             self._note("compute", "backward dK, dV", number, start, made)
             end = made + seconds(number, _QUERIES)
             since, until = made, end
-            if home is not None:  # what came home is added to the local dK/dV
-                end = wait(end, home)
-                end = end + fill(end, behind)
-            begun, lasts = self._transfer(number, "collects", self._bytes(True), made)
-            home = begun + lasts
-            self._note("transfer", "dK/dV", number, begun, home)
+            end = settle(end)
+            if number in into:
+                relaying.add(number)
+            else:
+                send(number, made)
         self._note("compute", "backward dQ", len(self.steps) - 1, since, until)
+        while sent and relaying:
+            end = settle(end)
         end = end + fill(end, behind)
         self._note("behind", "backward dK, dV", 0, np.zeros(self.W), done)
-        if home is not None:
-            end = wait(end, home)
+        for _, arrived in sent:
+            end = wait(end, arrived)
         return end, waits
 
     def _bytes(self, gradients: bool = False) -> float:

@@ -85,7 +85,7 @@ def backward(
     lanes = Lanes(q.device)
     with lanes.ahead():
         arrivals = _Arrivals(plan, Pair(k, v))
-        returning: _Return | None = None
+        returns = _Returns(plan, home, lanes)
         for number, step, held in arrivals:
             if number == 0:
                 if step.mask is None:
@@ -96,21 +96,16 @@ def backward(
                     with lanes.behind():
                         calls.run(0, step, held, home, queries=False, track="behind")
                 continue
-            back = _Return(plan, number, step, held, options)
+            back = returns.of(number, step, held, options)
             if step.mask is not None:
                 calls.run(number, step, held, back.gradients, queries=not apart)
             back.seal()
             arrivals.post()
             if apart and step.mask is not None:
                 calls.run(number, step, held, None, queries=True)
-            if returning is not None:
-                lanes.meet()
-                returning.add_into(home)
-            back.post()
-            returning = back
-        if returning is not None:
-            lanes.meet()
-            home = returning.added_to(home, k.dtype)
+            returns.settle()
+            returns.submit(back)
+        home = returns.all_added(k.dtype)
     return calls.dq, *home
 
 
@@ -175,13 +170,19 @@ class _Arrivals:
 
     def __iter__(self) -> Iterator[tuple[int, Step, Pair]]:
         held, steps = self.local, self.plan.steps
+        last = {step.source: number for number, step in enumerate(steps)}  # that sends from each
+        kept: dict[int | None, Pair] = {None: self.local}
         for number, step in enumerate(steps):
             if self.incoming is not None:
                 held = self.incoming.wait()
                 self.incoming = None
+            if number in last:
+                kept[number] = held
             if number + 1 < len(steps):
-                source = held if steps[number + 1].passes_on else self.local
-                self.incoming = _Incoming(self.plan, number + 1, source, self.local)
+                source = steps[number + 1].source
+                self.incoming = _Incoming(self.plan, number + 1, kept[source], self.local)
+                if source is not None and last[source] == number + 1:
+                    del kept[source]
             yield number, step, held
             self.post()
 
@@ -221,28 +222,92 @@ class _Incoming:
         return unpack(step.receives, self.messages, self.like, step.width, self.block_size)
 
 
+class _Returns:
+    """dK/dV on their way: what a step sends is added where it belongs one step later. Those of a
+    relaying step go on when all that it collects are added."""
+
+    def __init__(self, plan: Plan, home: Pair, lanes: Lanes) -> None:
+        self.plan, self.home, self.lanes = plan, home, lanes
+        # Of each relaying step, the last one whose dK/dV it collects.
+        self.last = {s.into: n for n, s in enumerate(plan.steps) if s.into is not None}
+        self.relaying: dict[int, _Return] = {}
+        self.sent: list[_Return] = []
+
+    def of(self, number: int, step: Step, held: Pair, options: KernelOptions) -> _Return:
+        return _Return(self.plan, number, step, held, options, relays=number in self.last)
+
+    def submit(self, back: _Return) -> None:
+        """Its kernel is launched."""
+        if back.number in self.last:
+            self.relaying[back.number] = back
+        else:
+            self._send(back)
+
+    def settle(self) -> None:
+        """Adds what was sent before."""
+        sent, self.sent = self.sent, []
+        for back in sent:
+            into = back.step.into
+            if into is None:
+                self.lanes.meet()
+                back.add_into(self.home)
+                continue
+            relay = self.relaying[into]
+            assert relay.gradients is not None
+            back.add_into(relay.gradients)
+            if self.last[into] == back.number:
+                del self.relaying[into]
+                relay.seal()
+                self._send(relay)
+
+    def _send(self, back: _Return) -> None:
+        back.post()
+        self.sent.append(back)
+
+    def all_added(self, dtype: torch.dtype) -> Pair:
+        """Of the local K/V, in `dtype`."""
+        while self.relaying:
+            self.settle()
+        if not self.sent:
+            return self.home
+        *sent, last = self.sent
+        self.lanes.meet()
+        for back in sent:
+            back.add_into(self.home)
+        return last.added_to(self.home, dtype)
+
+
 class _Return:
     """dK/dV of one step, then their way to the ranks that own the blocks.
 
     Attributes:
         gradients: where the kernel leaves them, if there are any. If one message takes all, that
-            is the message.
+            is the message, but for a step that relays: others' are added to its gradients.
     """
 
     def __init__(
-        self, plan: Plan, number: int, step: Step, held: Pair, options: KernelOptions
+        self,
+        plan: Plan,
+        number: int,
+        step: Step,
+        held: Pair,
+        options: KernelOptions,
+        *,
+        relays: bool,
     ) -> None:
         self.comm, self.number, self.step = _comm(plan), number, step
         self.block_size = plan.layout.block_size
         dtype = options.gradient_dtype or compute_dtype(held.k.dtype)
         self.sends = [new_message(t, held, self.block_size, dtype) for t in step.returns]
         whole = [t for t in step.returns if len(t.blocks) == 1 and t.count == step.width]
-        self.packed = len(whole) == 1
+        self.packed = len(whole) == 1 and not relays
         self.gradients: Pair | None = None
         if self.packed:
             self.gradients = unpack(step.returns, self.sends, held, step.width, self.block_size)
-        elif step.mask is not None:
+        elif relays or step.mask is not None:
             self.gradients = _new(held, compute_dtype(held.k.dtype))
+            if step.mask is None:
+                _zero(self.gradients)
         self.messages = [new_message(t, held, self.block_size, dtype) for t in step.collects]
         self.ready: torch.cuda.Event | None = None
         self.exchange: Exchange | None = None

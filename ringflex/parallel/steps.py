@@ -1,7 +1,7 @@
 """Mask x layout x strategy -> the steps of one rank. Pure: no process group, no tensors.
 
 A step is data: which K/V blocks arrive and from whom, which to send to whom, the block mask of the
-local queries against what arrived, and where the gradients of those blocks go home to. The three
+local queries against what arrived, and where the gradients of those blocks go home to. The
 strategies differ only in these lists; one loop runs them all.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 from ringflex.kernels.stages import Stage, stages_of
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array
+from ringflex.parallel.hierarchical import grouped, hierarchical_steps
 from ringflex.parallel.needs import Reads
 
 
@@ -45,110 +46,164 @@ class Step:
 
     Attributes:
         receives: K/V that arrives, by peer; positions in this step's buffer.
-        sends: K/V that leaves; positions in the local K/V, or in the previous step's buffer if
-            `passes_on` (ring).
-        passes_on: whether `sends` come from the previous step's buffer.
+        sends: K/V that leaves; positions in the buffer of step `source`.
+        source: an earlier step that arrived; None: the local K/V.
         mask: local queries against this step's buffer; None if no query sees any of it.
         stage: which queries begin and end with this step; None if it is the only one with a mask.
         width: blocks of this step's buffer (per batch element).
         returns: dK/dV that goes home after the backward of this step; positions in the buffer.
-        collects: dK/dV that comes home; positions in the local K/V.
+        collects: dK/dV that comes in; positions in the buffer of step `into`.
+        into: an earlier step, to whose dK/dV `collects` are added before those go home; None: the
+            local K/V.
     """
 
     receives: tuple[Transfer, ...] = ()
     sends: tuple[Transfer, ...] = ()
-    passes_on: bool = False
+    source: int | None = None
     mask: BlockMask | None = None
     stage: Stage | None = None
     width: int = 0
     returns: tuple[Transfer, ...] = ()
     collects: tuple[Transfer, ...] = ()
+    into: int | None = None
 
 
-def build_steps(strategy: str, rank: int, reads: Reads, rows: BlockMask) -> tuple[Step, ...]:
+def build_steps(
+    strategy: str, rank: int, reads: Reads, rows: BlockMask, per_node: int
+) -> tuple[Step, ...]:
     """The steps of `rank`; the first is the local one.
 
     Args:
-        strategy: "ring", "direct" or "all_gather".
+        strategy: one of `STRATEGIES`.
         reads: what every rank reads, per batch element that the mask distinguishes.
         rows: block mask of this rank's queries against the whole sequence.
+        per_node: ranks per node, for "hierarchical".
     """
-    return _Planner(rank, reads, rows).steps(strategy)
+    maker = StepMaker(rank, reads, rows)
+    steps = [Step(mask=maker.rows_on(maker.local), width=maker.local[0].size)]
+    if strategy == "hierarchical":
+        steps += hierarchical_steps(maker, per_node)
+    else:
+        steps += _Around(maker, strategy).steps()
+    stages = stages_of([step.mask for step in steps])
+    return tuple(replace(step, stage=s) for step, s in zip(steps, stages, strict=True))
 
 
-_Held = list[Array]  # per batch element that the mask distinguishes: global blocks, ascending
+Held = list[Array]  # per batch element that the mask distinguishes: global blocks, ascending
 
 
-class _Planner:
+class StepMaker:
+    """Steps of one rank, from blocks by peer.
+
+    Attributes:
+        seen, shown: what this rank reads of others, by owner, and others of it, by reader.
+        local: what it holds.
+    """
+
     def __init__(self, rank: int, reads: Reads, rows: BlockMask) -> None:
         self.rank, self.reads, self.rows = rank, reads, rows
         self.layout, self.world, self.groups = (
             reads.layout, reads.layout.world_size, reads.needs.groups,
         )  # fmt: skip
         self.seen, self.shown = reads.by(rank), reads.of(rank)
-        self.local: _Held = [self.layout.blocks_of(rank)] * self.groups
+        self.local: Held = [self.layout.blocks_of(rank)] * self.groups
 
-    def steps(self, strategy: str) -> tuple[Step, ...]:
-        steps = [Step(mask=self.rows_on(self.local), width=self.local[0].size)]
-        held = self.local  # what the previous step's buffer holds
-        for distances in _schedule(strategy, self.reads):
-            step, held = self._step(strategy, distances, held)
-            steps.append(step)
-        stages = stages_of([step.mask for step in steps])
-        return tuple(replace(step, stage=s) for step, s in zip(steps, stages, strict=True))
+    def step(
+        self,
+        comes: dict[int, Held],
+        leaves: dict[int, Held],
+        *,
+        returned: dict[int, Held],
+        collected: dict[int, Held],
+        source: int | None = None,
+        into: int | None = None,
+        source_holds: Held | None = None,
+    ) -> Step:
+        """A step that brings and sends some blocks, and returns and collects gradients of some.
 
-    def _step(self, strategy: str, distances: list[int], held: _Held) -> tuple[Step, _Held]:
-        """The step that serves some distances, and what its buffer holds."""
-        W, rank = self.world, self.rank
-        ring = strategy == "ring"
-        passes_on = ring and distances[0] > 1
-        comes = {d: self._arrivals(strategy, rank, d) for d in distances}
-        arriving = [np.sort(np.concatenate(parts)) for parts in zip(*comes.values(), strict=True)]
-        receives, sends, returns, collects = [], [], [], []
-        for d in distances:
-            owner, reader = (rank - d) % W, (rank + d) % W  # reader: the rank whose owner we are
-            source, target = ((rank - 1) % W, (rank + 1) % W) if ring else (owner, reader)
-            receives.append(_transfer(source, comes[d], arriving))
-            leaves = self._arrivals(strategy, target, d)
-            sends.append(_transfer(target, leaves, held if passes_on else self.local))
-            returns.append(_transfer(owner, self._between(self.seen, owner), arriving))
-            collects.append(_transfer(reader, self._between(self.shown, reader), self.local))
-        step = Step(
-            receives=_nonempty(receives),
-            sends=_nonempty(sends),
-            passes_on=passes_on,
+        Args:
+            source, into: as in `Step`. source_holds: the buffer of that step.
+        """
+        arriving = self.arriving(comes)
+        origin = self.local if source_holds is None else source_holds
+        target = self.local if into is None else origin
+        return Step(
+            receives=_transfers(comes, arriving),
+            sends=_transfers(leaves, origin),
+            source=source,
             mask=self.rows_on(arriving),
             width=max(blocks.size for blocks in arriving),
-            returns=_nonempty(returns),
-            collects=_nonempty(collects),
+            returns=_transfers(returned, arriving),
+            collects=_transfers(collected, target),
+            into=into,
         )
-        return step, arriving
 
-    def rows_on(self, held: _Held) -> BlockMask | None:
+    def arriving(self, comes: dict[int, Held]) -> Held:
+        """What the buffer of a step holds."""
+        return [np.sort(np.concatenate(parts)) for parts in zip(*comes.values(), strict=True)]
+
+    def rows_on(self, held: Held) -> BlockMask | None:
         """The local queries against a buffer that holds some blocks; None if they see nothing."""
         mask = self.rows.select_kv(held)
         return mask if mask.visible_blocks else None
 
-    def _between(self, blocks: list[dict[int, Array]], peer: int) -> _Held:
+    def between(self, blocks: list[dict[int, Array]], peer: int) -> Held:
         return [of_group.get(peer, _NOTHING) for of_group in blocks]
 
-    def _arrivals(self, strategy: str, rank: int, distance: int) -> _Held:
+
+class _Around:
+    """Steps by distance: of each rank, the owner that many ranks before it."""
+
+    def __init__(self, maker: StepMaker, strategy: str) -> None:
+        self.maker, self.strategy = maker, strategy
+
+    def steps(self) -> list[Step]:
+        steps: list[Step] = []
+        held = self.maker.local  # what the previous step's buffer holds
+        for distances in _schedule(self.strategy, self.maker.reads):
+            step, held = self._step(distances, held, len(steps))
+            steps.append(step)
+        return steps
+
+    def _step(self, distances: list[int], held: Held, previous: int) -> tuple[Step, Held]:
+        """The step that serves some distances, and what its buffer holds."""
+        maker = self.maker
+        W, rank = maker.world, maker.rank
+        ring = self.strategy == "ring"
+        passes_on = ring and distances[0] > 1
+        comes, leaves, returned, collected = {}, {}, {}, {}
+        for d in distances:
+            owner, reader = (rank - d) % W, (rank + d) % W  # reader: the rank whose owner we are
+            source, target = ((rank - 1) % W, (rank + 1) % W) if ring else (owner, reader)
+            comes[source] = self._arrivals(rank, d)
+            leaves[target] = self._arrivals(target, d)
+            returned[owner] = maker.between(maker.seen, owner)
+            collected[reader] = maker.between(maker.shown, reader)
+        step = maker.step(
+            comes, leaves, returned=returned, collected=collected,
+            source=previous if passes_on else None, source_holds=held if passes_on else None,
+        )  # fmt: skip
+        return step, maker.arriving(comes)
+
+    def _arrivals(self, rank: int, distance: int) -> Held:
         """What comes to `rank`, this one or the one that this one sends to, from the owner at a
         distance: by the ring, what a rank from there on still reads; directly, what it reads
         itself; to all, everything but padding."""
-        owner = (rank - distance) % self.world
-        if strategy == "direct":
-            if rank == self.rank:
-                return self._between(self.seen, owner)
-            return self._between(self.shown, rank)
-        blocks = self.layout.blocks_of(owner)
-        if strategy == "all_gather":
-            return [blocks[blocks < self.layout.real_blocks]] * self.groups
-        return [blocks[far[blocks] >= distance] for far in self.reads.furthest]
+        maker = self.maker
+        owner = (rank - distance) % maker.world
+        if self.strategy == "direct":
+            if rank == maker.rank:
+                return maker.between(maker.seen, owner)
+            return maker.between(maker.shown, rank)
+        blocks = maker.layout.blocks_of(owner)
+        if self.strategy == "all_gather":
+            return [blocks[blocks < maker.layout.real_blocks]] * maker.groups
+        return [blocks[far[blocks] >= distance] for far in maker.reads.furthest]
 
 
 _NOTHING = np.zeros(0, dtype=np.int64)
-STRATEGIES = ("ring", "direct", "all_gather")
+STRATEGIES = ("ring", "direct", "all_gather", "hierarchical")
+AUTOMATIC = STRATEGIES[:3]  # among which "auto" chooses
 
 
 def received_blocks(strategy: str, reads: Reads) -> Array:
@@ -176,23 +231,13 @@ def _schedule(strategy: str, reads: Reads) -> list[list[int]]:
         return [every] if every else []
     if strategy == "ring":  # what goes far passes through all ranks before
         return [[d] for d in every[: max(busy, default=0)]]
-    room = reads.layout.blocks // reads.layout.world_size
-    steps: list[list[int]] = []
-    arriving = np.full(reads.layout.world_size, room + 1)  # no step yet that could be shared
-    for d in busy:
-        arriving = arriving + reads.at[:, d]
-        if arriving.max() <= room:
-            steps[-1].append(d)
-        else:
-            steps.append([d])
-            arriving = reads.at[:, d]
-    return steps
+    return grouped(reads.at, reads.layout.blocks // reads.layout.world_size)
 
 
-def _transfer(peer: int, chosen: _Held, buffer: _Held) -> Transfer:
-    """`chosen` blocks, by their positions in what a buffer holds."""
-    return Transfer(peer, tuple(np.searchsorted(b, c) for c, b in zip(chosen, buffer, strict=True)))
-
-
-def _nonempty(transfers: list[Transfer]) -> tuple[Transfer, ...]:
-    return tuple(t for t in transfers if t.count)
+def _transfers(by_peer: dict[int, Held], buffer: Held) -> tuple[Transfer, ...]:
+    """Blocks by peer, by their positions in what a buffer holds; none that are empty."""
+    made = [
+        Transfer(peer, tuple(np.searchsorted(b, c) for c, b in zip(chosen, buffer, strict=True)))
+        for peer, chosen in by_peer.items()
+    ]
+    return tuple(t for t in made if t.count)

@@ -37,11 +37,12 @@ def simulate(
     strategy: str = "ring",
     late: bool = False,
     options: KernelOptions | None = None,
+    machine: rf.Machine | None = None,
 ) -> Reference:
     p = case.build(device=DEVICE)
     plans = rf.plan_all(
         p.mask, case.seq_len, world_size, B=case.B, H=case.Hq,
-        layout=layout, strategy=strategy, block_size=case.block_size,
+        layout=layout, strategy=strategy, block_size=case.block_size, machine=machine,
     )  # fmt: skip
     return run_ranks(
         plans, kernel, p.q, p.k, p.v, p.dout, p.score, sinks=p.sinks, late=late, options=options
@@ -65,6 +66,20 @@ def test_simulated_ranks_are_exact(layout: str, strategy: str, world_size: int) 
     assert_within({name: deviation(x, exact[name]) for name, x in found.items()}, allowed)
 
 
+@pytest.mark.parametrize("layout", [*LAYOUTS, "nested"])
+@pytest.mark.parametrize(("nodes", "per_node"), [(2, 2), (2, 3), (4, 4), (5, 1), (1, 4)])
+@pytest.mark.parametrize("late", [False, True])
+def test_simulated_nodes_are_exact(layout: str, nodes: int, per_node: int, late: bool) -> None:
+    case = Case(mask="document rows", score="relative", seq_len=150)
+    machine = rf.Machine(gpus_per_node=per_node)
+    found = simulate(
+        case, nodes * per_node, layout=layout, strategy="hierarchical", late=late, machine=machine
+    )
+    exact = tensors(reference(case))
+    deviations = {name: deviation(x, exact[name]) for name, x in without_sinks(found).items()}
+    assert_within(deviations, fp64_tolerance(case))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_error_does_not_grow_with_ranks(dtype: torch.dtype) -> None:
     """Root mean square against fp64, of eager and natively of Triton: at most 1.2 times that of
@@ -79,7 +94,8 @@ def test_the_error_does_not_grow_with_ranks(dtype: torch.dtype) -> None:
     )
 
     def errors(world_size: int, layout: str, strategy: str) -> list[float]:
-        found = simulate(case, world_size, kernel, layout, strategy)
+        nodes = rf.Machine(gpus_per_node=4)
+        found = simulate(case, world_size, kernel, layout, strategy, machine=nodes)
         return [
             float((x.double() - want).square().mean().sqrt())
             for x, want in zip(found[:5], exact[:5], strict=True)
@@ -87,7 +103,8 @@ def test_the_error_does_not_grow_with_ranks(dtype: torch.dtype) -> None:
 
     alone = errors(1, "contiguous", "direct")
     for world_size in (8, 16, 32):
-        for layout, strategy in zip(LAYOUTS, STRATEGIES, strict=False):
+        pairs = [*zip(LAYOUTS, STRATEGIES, strict=False), ("zigzag", "hierarchical")]
+        for layout, strategy in pairs:
             for one, many in zip(alone, errors(world_size, layout, strategy), strict=True):
                 assert many <= 1.2 * one, (world_size, layout, strategy, many / one)
 
@@ -112,10 +129,14 @@ def test_triton_with_its_passes_apart(options: dict[str, object], world_size: in
         assert deviation(x, want) <= (5e-3 if NATIVE else 1e-5) * max(1.0, scale), name
 
 
-def test_gradients_may_travel_in_bf16() -> None:
+@pytest.mark.parametrize("strategy", ["ring", "hierarchical"])
+def test_gradients_may_travel_in_bf16(strategy: str) -> None:
     case = Case(mask="causal", seq_len=128, B=1, dtype=torch.float32)
-    plain = simulate(case, 4)
-    narrow = simulate(case, 4, options=KernelOptions.of({"gradient_dtype": torch.bfloat16}))
+    nodes = rf.Machine(gpus_per_node=2)
+    plain, narrow = (
+        simulate(case, 4, strategy=strategy, machine=nodes, options=KernelOptions.of(options))
+        for options in ({}, {"gradient_dtype": torch.bfloat16})
+    )
     assert torch.equal(plain.out, narrow.out) and torch.equal(plain.dq, narrow.dq)
     for a, b in ((plain.dk, narrow.dk), (plain.dv, narrow.dv)):
         assert not torch.equal(a, b)

@@ -89,7 +89,7 @@ PLAN_REFUSALS = {
     ),
     "unknown strategy": Mistake(
         change=lambda: {"strategy": "fastest"},
-        text="strategy='fastest' is not one of auto, ring, direct, all_gather",
+        text="strategy='fastest' is not one of auto, ring, direct, all_gather, hierarchical",
     ),
     "no masks": Mistake(change=lambda: {"mask_mod": {}}, text="empty dict of masks"),
     "no mask": Mistake(

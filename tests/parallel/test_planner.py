@@ -32,7 +32,7 @@ def fingerprint(plan: rf.Plan) -> tuple[Any, ...]:
             [(t.peer, [b.tolist() for b in t.blocks]) for t in transfers]
             for transfers in (step.receives, step.sends, step.returns, step.collects)
         ]
-        + [step.width, step.passes_on, step.mask and step.mask.block_map().tolist()]
+        + [step.width, step.source, step.mask and step.mask.block_map().tolist()]
         for step in plan.steps
     ]
     layout = (plan.layout.name, plan.layout.owner.tolist(), plan.strategy)

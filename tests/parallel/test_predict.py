@@ -65,6 +65,21 @@ def test_nodes_are_linked_by_the_slower_link() -> None:
     assert across.forward > 10 * inside.forward
 
 
+def test_blocks_cross_between_nodes_once() -> None:
+    """Full attention, two nodes of four, all of whose time is that between nodes: each GPU brings
+    what one of the other node has."""
+    fast = {"forward": 1e18, "backward": 1e18, "near": 1e15}
+    machine = replace(MACHINE, far=1e7, gpus_per_node=4, **fast)
+    directly, relayed = (
+        predict(rf.plan_all(rf.full(), S, 8, strategy=s, machine=machine), SHAPE, machine)
+        for s in ("direct", "hierarchical")
+    )
+    transfer = S // 8 * 2 * 2 * 128 * 2 / 1e7
+    assert relayed.forward == pytest.approx(transfer, rel=1e-3)
+    assert relayed.backward == pytest.approx(3 * transfer, rel=1e-3)  # dK/dV in fp32
+    assert directly.forward > 4 * transfer
+
+
 def test_a_transfer_slows_the_kernel_beside_it() -> None:
     plans = rf.plan_all(rf.full(), S, 2, strategy="direct")
     plain = predict(plans, SHAPE, MACHINE)
@@ -74,13 +89,18 @@ def test_a_transfer_slows_the_kernel_beside_it() -> None:
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "balanced", "nested"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("world_size", [2, 5])
-def test_time_lines_hold_together(layout: str, strategy: str, world_size: int) -> None:
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "hierarchical"])
+@pytest.mark.parametrize(("world_size", "per_node"), [(2, 1), (5, 5), (6, 2)])
+def test_time_lines_hold_together(
+    layout: str, strategy: str, world_size: int, per_node: int
+) -> None:
     ids = torch.arange(3000) // 700
     mask = rf.causal() & rf.document(ids)
-    plans = rf.plan_all(mask, 3000, world_size, layout=layout, strategy=strategy, block_size=64)
-    found = predict(plans, SHAPE, replace(MACHINE, near=1e9, latency=1e-5, launch=1e-5))
+    nodes = replace(MACHINE, gpus_per_node=per_node)
+    plans = rf.plan_all(
+        mask, 3000, world_size, layout=layout, strategy=strategy, block_size=64, machine=nodes
+    )
+    found = predict(plans, SHAPE, replace(nodes, near=1e9, latency=1e-5, launch=1e-5))
     for rank, plan in enumerate(plans):
         computed = spans_of(found, rank, "compute")
         for one, following in pairwise(computed):
@@ -99,7 +119,7 @@ def test_time_lines_hold_together(layout: str, strategy: str, world_size: int) -
                     assert mine[0].start >= arrivals[0] - 1e-12
     work = sum(plans[0].stats.work) * 64 * 64 * SHAPE.batch * SHAPE.heads
     assert found.flops == pytest.approx(14 * 64 * work)
-    fast = predict(plans, SHAPE, replace(MACHINE, near=1e30, launch=0))
+    fast = predict(plans, SHAPE, replace(nodes, near=1e30, far=1e30, launch=0))
     most = max(plans[0].stats.work) * 64 * 64 * SHAPE.batch * SHAPE.heads
     assert fast.both == pytest.approx(14 * 64 * most / 1e12, rel=0.5)
     assert fast.both <= found.both

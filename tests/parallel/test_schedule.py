@@ -68,6 +68,7 @@ def compare_on_rank(
             layout=layout,
             strategy=strategy,
             block_size=case.block_size,
+            machine=rf.Machine(gpus_per_node=2) if strategy == "hierarchical" else None,
         )
         found = tensors(attend(problem.shard(plan, fill), plan))
         whole = tensors(expected)
@@ -166,6 +167,13 @@ def test_a_thousand_tokens(pool: RankPool, mask: str, world_size: int) -> None:
 def test_the_balanced_layout(pool: RankPool, mask: str, world_size: int) -> None:
     case = Case(mask=mask, score="by position", seq_len=300)
     check(pool, world_size, case, [("balanced", strategy) for strategy in STRATEGIES])
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("mask", ["causal", "causal documents", "mixed heads", "nothing"])
+def test_two_ranks_a_node(pool: RankPool, mask: str, world_size: int) -> None:
+    layouts = [*LAYOUTS, "balanced"]
+    check(pool, world_size, Case(mask=mask), [(layout, "hierarchical") for layout in layouts])
 
 
 def test_4099_tokens_on_three_ranks(pool: RankPool) -> None:

@@ -46,38 +46,48 @@ def play(plans: list[rf.Plan]) -> None:
     """Plays the steps of all ranks and checks each against its peers and the mask."""
     layout, groups = plans[0].layout, plans[0].needs.groups
     local: list[Buffer] = [[layout.blocks_of(p.rank)] * groups for p in plans]
-    held = local
+    every: list[list[Buffer]] = [local]  # of each step, what ranks hold
     assert len({len(p.steps) for p in plans}) == 1
-    returned = np.zeros_like(plans[0].needs.dense())
+    needs = plans[0].needs.dense()
+    returned = np.zeros_like(needs)
     seen = [np.zeros_like(p.rows.block_map()) for p in plans]
     for i, steps in enumerate(zip(*(p.steps for p in plans))):
         if i == 0:
             assert not any(s.receives or s.sends or s.returns or s.collects for s in steps)
             assert all(s.width == layout.blocks // layout.world_size for s in steps)
         else:
-            held = arrive(plans, i, held, local)
+            every.append(arrive(plans, i, every))
+        held = every[i]
         for plan, step, buffer in zip(plans, steps, held):
             if step.mask is not None:
                 look(plan, step.mask, buffer, seen[plan.rank])
-        # Gradients go home, to where the block came from, and no block of this rank is returned.
+        # Gradients go home, to where the block came from, or to who relayed it; and no block of
+        # this rank is returned.
+        (into,) = {s.into for s in steps}
         out = by_pair([s.returns for s in steps], held, outgoing=True)
-        assert out == by_pair([s.collects for s in steps], local, outgoing=False)
-        for (rank, owner), messages in out.items():
+        assert out == by_pair([s.collects for s in steps], every[into or 0], outgoing=False)
+        relays = any(s.into == i for s in plans[0].steps)
+        for (rank, peer), messages in out.items():
             for message in messages:
                 for group, blocks in enumerate(message):
-                    assert (layout.owner[blocks] == owner).all()
+                    if into is None:
+                        assert (layout.owner[blocks] == peer).all()
+                    else:  # the relay returns it when it has this rank's share
+                        assert into < i and set(blocks) <= set(every[into][peer][group])
+                    if relays:
+                        blocks = [b for b in blocks if needs[rank, group, b]]
                     assert not returned[rank, group, blocks].any()  # once only
                     returned[rank, group, blocks] = True
     remote = layout.owner[None, :] != np.arange(layout.world_size)[:, None]  # [W, blocks]
-    assert (returned == plans[0].needs.dense() & remote[:, None]).all()
+    assert (returned == needs & remote[:, None]).all()
     for plan in plans:
         assert (seen[plan.rank] == plan.rows.block_map()).all()
 
 
-def arrive(plans: list[rf.Plan], i: int, held: list[Buffer], local: list[Buffer]) -> list[Buffer]:
+def arrive(plans: list[rf.Plan], i: int, every: list[list[Buffer]]) -> list[Buffer]:
     """What the buffers of step `i` hold; every receive has its send."""
     steps = [p.steps[i] for p in plans]
-    sources = [held[r] if step.passes_on else local[r] for r, step in enumerate(steps)]
+    sources = [every[s.source or 0][r] for r, s in enumerate(steps)]
     sent = by_pair([s.sends for s in steps], sources, outgoing=True)
     arrived: list[Buffer] = []
     for plan, step in zip(plans, steps):
@@ -110,7 +120,7 @@ def look(plan: rf.Plan, mask: rf.BlockMask, buffer: Buffer, seen: Array) -> None
         seen[group][..., blocks[filled]] += states[group][..., filled]
 
 
-def check_needs(case: Case, plans: list[rf.Plan]) -> None:
+def check_needs(case: Case, plans: list[rf.Plan], per_node: int = 8) -> None:
     """What is needed, sent and counted, against the dense mask."""
     W, layout, size = plans[0].world_size, plans[0].layout, case.block_size
     groups = plans[0].needs.groups
@@ -139,8 +149,12 @@ def check_needs(case: Case, plans: list[rf.Plan]) -> None:
             owner = (rank - d) % W
             further = [(owner + e) % W for e in range(d, W)]
             received["ring"] |= owned[owner] & needed[further].any(axis=0)
-        assert sum(stats.blocks_received) == received[plan.strategy].sum()
-        assert sum(stats.gradient_blocks_sent) == received["direct"].sum()
+        if plan.strategy == "hierarchical":
+            expected = through_relays(needed, layout.owner, rank, min(per_node, W))
+            assert sum(stats.blocks_received) == sum(stats.gradient_blocks_sent) == expected
+        else:
+            assert sum(stats.blocks_received) == received[plan.strategy].sum()
+            assert sum(stats.gradient_blocks_sent) == received["direct"].sum()
         assert stats.batch_groups == groups
         assert stats.remote_blocks == (~owned[rank] & (np.arange(layout.blocks) < real)).sum() * (
             groups
@@ -149,6 +163,18 @@ def check_needs(case: Case, plans: list[rf.Plan]) -> None:
     for what in ("blocks", "gradient_blocks"):
         sent = sum(sum(getattr(p.stats, f"{what}_sent")) for p in plans)
         assert sent == sum(sum(getattr(p.stats, f"{what}_received")) for p in plans)
+
+
+def through_relays(needed: Array, owner: Array, rank: int, per_node: int) -> int:
+    """Blocks that come to a rank: of its node; what it relays, which some rank of its node needs;
+    and what it needs of what the others of its node relay."""
+    node, place = divmod(rank, per_node)
+    here, mine = owner // per_node == node, owner % per_node == place
+    mates = needed[node * per_node : (node + 1) * per_node].any(axis=0)
+    near = needed[rank] & here & (owner != rank)
+    relayed = mates & ~here & mine
+    passed = needed[rank] & ~here & ~mine
+    return int(near.sum() + relayed.sum() + passed.sum())
 
 
 def plans_of(
@@ -181,6 +207,26 @@ def test_steps_of_all_ranks_fit_together(layout: str, strategy: str, data: st.Da
     plans = plans_of(case, data.draw(st.integers(1, 9)), layout, strategy, nodes)
     play(plans)
     check_needs(case, plans)
+
+
+@settings(max_examples=34)
+@given(data=st.data())
+@pytest.mark.parametrize("layout", [*LAYOUTS, "balanced", "nested"])
+def test_hierarchical_steps_fit_together(layout: str, data: st.DataObject) -> None:
+    case = Case(
+        mask=data.draw(st.sampled_from(list(MASKS))),
+        seq_len=data.draw(st.integers(1, 600)),
+        block_size=data.draw(st.sampled_from([7, 16, 32])),
+    )
+    per_node, nodes = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    machine = rf.Machine(gpus_per_node=per_node)
+    plans = plans_of(case, per_node * nodes, layout, "hierarchical", machine)
+    play(plans)
+    check_needs(case, plans, per_node)
+    between = [(t.peer, p.rank) for p in plans for s in p.steps for t in s.receives]
+    for there, here in between:  # from one node to another only between ranks of one place
+        same_node = there // per_node == here // per_node
+        assert same_node or there % per_node == here % per_node
 
 
 @pytest.mark.parametrize("mask", MASKS)
