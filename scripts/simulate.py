@@ -92,13 +92,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Predicted TFLOP/s per GPU, and MiB received, over the number of GPUs; a line per mask."""
+    """Predicted TFLOP/s per GPU, and MiB received, over the number of GPUs; a line per mask, of its
+    fastest layout and strategy."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     colours = dict(zip(ORDER, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"), strict=True))
     markers = dict(zip(ORDER, "osD^v", strict=True))
     fastest: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in rows:  # the best layout and strategy, if there are several
+    for row in rows:
         at = row["mask"], row["gpus"]
         if at not in fastest or row["both_ms"] < fastest[at]["both_ms"]:
             fastest[at] = row
