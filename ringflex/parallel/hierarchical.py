@@ -23,8 +23,6 @@ from ringflex.parallel.needs import Reads
 if TYPE_CHECKING:
     from ringflex.parallel.steps import Held, Step, StepMaker
 
-_ByPeer = dict[int, "Held"]
-
 
 def hierarchical_steps(maker: StepMaker, per_node: int) -> list[Step]:
     """All steps but the local one, which is the first.

@@ -114,7 +114,7 @@ def test_the_error_does_not_grow_with_ranks(dtype: torch.dtype) -> None:
     "options", [{}, {"backward": "one_pass"}, {"deterministic": True}], ids=str
 )
 def test_triton_with_its_passes_apart(options: dict[str, object], world_size: int) -> None:
-    """The local dQ first, the local dK/dV last; dQ rounded by the last of its passes."""
+    """The local dQ and dK/dV first, each by itself; dQ rounded by the last of its passes."""
     case = Case(
         mask="causal documents", score="alibi", sinks=True, seq_len=90, B=1, Hq=2, Hkv=1,
         D=16, Dv=16, block_size=16, dtype=torch.float16 if NATIVE else torch.float32,
