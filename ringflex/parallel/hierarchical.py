@@ -92,7 +92,7 @@ class _Hierarchy:
         maker = self.maker
         comes = {o: maker.between(maker.seen, o) for o in owners}
         leaves = {r: maker.between(maker.shown, r) for r in readers}
-        return maker.step(comes, leaves, returned=comes, collected=leaves)
+        return maker.step(comes, leaves)
 
     def _relaying_step(self, distances: list[int]) -> tuple[Step, Held]:
         """And what its buffer holds."""
@@ -104,8 +104,7 @@ class _Hierarchy:
             first = reader - self.place
             comes[owner] = _union([maker.between(seen, owner) for seen in self.mates])
             leaves[reader] = _union([maker.between(maker.shown, first + p) for p in range(G)])
-        step = maker.step(comes, leaves, returned=comes, collected=leaves)
-        return step, maker.arriving(comes)
+        return maker.step(comes, leaves), maker.arriving(comes)
 
     def _passing_step(
         self, far: list[int], distances: list[int], relaying: int, held: Held
@@ -117,10 +116,7 @@ class _Hierarchy:
             relay, reader = (self.place - e) % self.G, (self.place + e) % self.G
             comes[self._rank(self.node, relay)] = self._of_others(self.place, relay, far)
             leaves[self._rank(self.node, reader)] = self._of_others(reader, self.place, far)
-        return maker.step(
-            comes, leaves, returned=comes, collected=leaves, source=relaying, into=relaying,
-            source_holds=held,
-        )  # fmt: skip
+        return maker.step(comes, leaves, source=relaying, into=relaying, source_holds=held)
 
     def _of_others(self, reader: int, relay: int, far: list[int]) -> Held:
         """What the rank at one place reads of what the rank at another relays."""

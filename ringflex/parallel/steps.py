@@ -113,15 +113,16 @@ class StepMaker:
         comes: dict[int, Held],
         leaves: dict[int, Held],
         *,
-        returned: dict[int, Held],
-        collected: dict[int, Held],
+        returned: dict[int, Held] | None = None,
+        collected: dict[int, Held] | None = None,
         source: int | None = None,
         into: int | None = None,
         source_holds: Held | None = None,
     ) -> Step:
-        """A step that brings and sends some blocks, and returns and collects gradients of some.
+        """A step that brings and sends some blocks, and returns and collects gradients.
 
         Args:
+            returned, collected: of which blocks; None: of those that come, and those that leave.
             source, into: as in `Step`. source_holds: the buffer of that step.
         """
         arriving = self.arriving(comes)
@@ -133,8 +134,8 @@ class StepMaker:
             source=source,
             mask=self.rows_on(arriving),
             width=max(blocks.size for blocks in arriving),
-            returns=_transfers(returned, arriving),
-            collects=_transfers(collected, target),
+            returns=_transfers(comes if returned is None else returned, arriving),
+            collects=_transfers(leaves if collected is None else collected, target),
             into=into,
         )
 
