@@ -109,7 +109,7 @@ MASKS: list[tuple[Callable[..., Tensor], str, Callable[[int, int, int, int], boo
 ]
 
 
-@pytest.mark.parametrize(("mask", "name", "formula"), MASKS, ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(("mask", "name", "formula"), MASKS, ids=[case[1][:60] for case in MASKS])
 def test_masks(mask: MaskMod, name: str, formula: Callable[..., bool]) -> None:
     assert repr(mask) == name
     for site in SITES:
