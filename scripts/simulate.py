@@ -167,6 +167,9 @@ def main() -> None:
             spec = Spec(mask=mask, tokens=tokens, dtype=torch.bfloat16, **shape)
             for layout in arguments.layouts:
                 for strategy in arguments.strategies:
+                    whole = gpus % min(gpus, machine.gpus_per_node) == 0
+                    if strategy == "hierarchical" and not whole:
+                        continue  # it wants whole nodes
                     row, found = simulate(spec, gpus, layout, strategy, machine)
                     rows.append(row)
                     print(table([row]).splitlines()[-1], flush=True)

@@ -68,7 +68,6 @@ class _Hierarchy:
         read = _by_owner(self.reads)  # [W readers, W owners]
         union = self.reads.counts(self.reads.needs.shared(G))  # [nodes, W owners]
         near = np.stack([read[rank, node * G + (place - e) % G] for e in range(G)], axis=1)
-        near[:, 0] = 0
         steps = [self._near_step(group) for group in grouped(near, G * self.room)]
         relayed = np.stack([union[node, (node - d) % N * G + place] for d in range(N)], axis=1)
         relayed[:, 0] = 0
