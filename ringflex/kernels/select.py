@@ -16,7 +16,7 @@ from ringflex.kernels.scalars import LARGEST_INDEX
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.trace import TracedMod
 
-BACKENDS = ("eager", "triton")
+BACKENDS = ("eager", "triton", "hopper")
 _LARGEST_DIM = 256
 
 
@@ -33,8 +33,9 @@ def select(
 ) -> Selection:
     """The kernel for these inputs: `backend` is a name, or "auto".
 
-    On a GPU, "auto" takes Triton wherever it serves, and warns, once for each reason, where it
-    must fall back to the eager kernel. On a CPU it takes the eager kernel.
+    On a GPU, "auto" takes the Hopper kernels where they serve, then the portable Triton kernels,
+    and warns, once for each reason, where it must fall back to the eager kernel. On a CPU it takes
+    the eager kernel.
 
     Raises:
         ValueError: unknown name. NotImplementedError: the kernel asked for does not serve these
@@ -42,17 +43,28 @@ def select(
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")
+    missing = None
     if backend == "eager":
         return Selection(eager, "eager", "asked for")
     if backend == "auto" and q.device.type == "cpu":
         return Selection(eager, "eager", "the inputs are on a CPU")
     obstacle = _obstacle(q, v, mask, score)
+    if obstacle is None and backend != "triton":
+        missing = _hopper_obstacle(q, v, mask)
+        if missing is None:
+            from ringflex.kernels import hopper_kernel
+
+            reason = "asked for" if backend == "hopper" else "a Hopper GPU"
+            return Selection(hopper_kernel, "hopper", reason)
+        if backend == "hopper":
+            raise NotImplementedError(f"backend='hopper': {missing}")
     if obstacle is None:
         from ringflex.kernels import triton_kernel
 
-        return Selection(triton_kernel, "triton", "asked for" if backend == "triton" else "a GPU")
-    if backend == "triton":
-        raise NotImplementedError(f"backend='triton': {obstacle}")
+        reason = "asked for" if backend == "triton" else f"a GPU; not hopper, as {missing}"
+        return Selection(triton_kernel, "triton", reason)
+    if backend != "auto":
+        raise NotImplementedError(f"backend='{backend}': {obstacle}")
     warnings.warn(
         f"flex_attention falls back to backend='eager', which is slow on a GPU: {obstacle}",
         stacklevel=2,
@@ -71,6 +83,27 @@ def _obstacle(q: Tensor, v: Tensor, mask: BlockMask, score: TracedMod | None) ->
     if max(mask.q_limit, mask.kv_limit) > LARGEST_INDEX:
         return f"the sequence is longer than {LARGEST_INDEX} tokens"
     return _of_device(q.device, q.dtype) or _of_mask(mask, q.device) or _of_score(score, q.device)
+
+
+def _hopper_obstacle(q: Tensor, v: Tensor, mask: BlockMask) -> str | None:
+    """Why the Hopper kernels cannot serve these inputs, which the portable ones can."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"the inputs are {q.dtype}"
+    if any(size % 128 for size in mask.block_size):
+        return f"blocks of {mask.block_size} tokens are not multiples of 128"
+    return _no_hopper(q.device)
+
+
+@functools.cache
+def _no_hopper(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "there is no Hopper GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"the GPU is sm_{major}{minor}, not sm_90"
+    from ringflex.kernels.hopper_intrinsics import obstacle
+
+    return obstacle()
 
 
 @functools.cache

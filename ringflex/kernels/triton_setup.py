@@ -104,10 +104,14 @@ class Setup:
 
                 run = lambda t: prepare(t)(*arguments(t))
                 tile = fastest_tile(kernel, run, tile, self, score)
+        return self.keep(key, prepare(tile))
+
+    def keep(self, key: Any, prepared: Prepared) -> Prepared:
+        """In `prepared`; the oldest goes when they are many."""
         if len(self.prepared) >= _KEPT:  # an annealed number in a mod is another mod every step
             self.prepared.pop(next(iter(self.prepared)))
-        self.prepared[key] = prepare(tile)
-        return self.prepared[key]
+        self.prepared[key] = prepared
+        return prepared
 
     def _tile_asked_for(self, kernel: str) -> Tile | None:
         for name, tile in self.options.tiles:

@@ -1,0 +1,82 @@
+"""What the Hopper kernels share: the queue of tiles, and records in shared memory.
+
+A kernel is persistent: each multiprocessor runs one program, whose producer warp takes tiles of
+work from a counter in global memory, longest first, and hands them to the consumer warps with
+whatever they need to know, while these are still busy with the tile before.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+_ONE = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+_ONE_4 = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+WORDS = gl.constexpr(8)  # of a record
+
+
+@gluon.jit
+def write_word(words, index, value):
+    """One number into shared memory, by a partition of one warp."""
+    words.index(index).store(gl.full([1], 0, gl.int32, _ONE) + value)
+
+
+@gluon.jit
+def read_word(words, index):
+    """That number, by a partition of four warps."""
+    return gl.max(words.index(index).load(_ONE_4), axis=0)
+
+
+@gluon.jit
+def take(counters):
+    """The next tile's number; programs begin with that of their own."""
+    return gl.atomic_add(counters, 1, sem="relaxed") + gl.num_programs(0)
+
+
+@gluon.jit
+def leave(counters):
+    """The last program to leave sets the counters back to zero, for the next launch."""
+    if gl.atomic_add(counters + 1, 1, sem="relaxed") == gl.num_programs(0) - 1:
+        gl.store(counters, 0)
+        gl.store(counters + 1, 0)
+
+
+@gluon.jit
+def head_and_place(work, section, total_heads, per_head):
+    """Which head and which place in its order a number stands for.
+
+    Heads go together by sections, whose K/V stays in the L2 cache; within a section the longest
+    tiles of all heads come first.
+    """
+    first = work // (section * per_head) * section
+    together = gl.minimum(section, total_heads - first)
+    rest = work - first * per_head
+    return first + rest % together, rest // together
+
+
+@gluon.jit
+def packed(x, dtype: gl.constexpr):
+    """fp32 `[M, N]` as pairs of a half precision in int32 `[M, N / 2]`.
+
+    A loop that carried halves would take each pair apart and put it together again.
+    """
+    even, odd = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], gl.int32, True, 1
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], gl.int32, True, 1
+        )
+
+
+@gluon.jit
+def unpacked(x, dtype: gl.constexpr, layout: gl.constexpr):
+    """Those halves, `[M, N]`, in the layout of the left operand of a product."""
+    even, odd = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [x], (gl.int16, gl.int16), True, 1
+    )
+    halves = gl.join(even.to(dtype, bitcast=True), odd.to(dtype, bitcast=True))
+    return gl.convert_layout(gl.reshape(halves, [x.shape[0], 2 * x.shape[1]]), layout)

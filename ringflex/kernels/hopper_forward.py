@@ -1,0 +1,572 @@
+"""The forward kernel for Hopper (sm_90), in Gluon.
+
+The same online softmax as `triton_forward`, arranged as in Shah et al., "FlashAttention-3" (2024):
+one warp loads tiles by TMA; two warpgroups of 64 queries each multiply asynchronously, with the
+weights in registers. While a group computes the softmax of one tile, its product of the weights
+before with their values is under way, and so is the other group's work.
+
+Programs are persistent and take tiles from a queue (`hopper_common`): the next tile's queries and
+first keys arrive while the last one's values are still added up and written.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ringflex.kernels.hopper_common import (
+    WORDS,
+    head_and_place,
+    leave,
+    packed,
+    read_word,
+    take,
+    unpacked,
+    write_word,
+)
+from ringflex.kernels.hopper_intrinsics import named_barrier_arrive, named_barrier_wait
+from ringflex.kernels.triton_common import (
+    BEGINS,
+    ENDS,
+    LN2,
+    LOG2E,
+    LOWEST,
+    first_tile,
+    following_tile,
+    position_of,
+    row_places,
+)
+
+ROWS = gl.constexpr(64)  # queries per warpgroup
+GROUPS = gl.constexpr(2)
+
+
+@gluon.jit
+def _load_list(
+    loaded, first, previous, k, v, buffers, barriers, positions, b, kv_head, run, tiles, runs,
+    kv_starts,
+    POSITIONS: gl.constexpr, IN_ORDER: gl.constexpr, BLOCK_N: gl.constexpr, TILES: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Loads the K/V of one list; V one tile later than K, as the consumers want them."""
+    k_buffers, v_buffers = buffers[1], buffers[2]
+    k_full, k_empty, v_full, v_empty = barriers[2], barriers[3], barriers[4], barriers[5]
+    tile, end, run, next_tile, next_end = first_tile(runs, run, TILES)
+    for _ in range(tiles):
+        slot, turn = loaded % STAGES, loaded // STAGES & 1
+        mbarrier.wait(k_empty.index(slot), turn ^ 1)
+        if POSITIONS:
+            write_word(positions, slot, position_of(kv_starts, tile, BLOCK_N, TILES, IN_ORDER))
+        mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
+        row = tile * BLOCK_N
+        tma.async_copy_global_to_shared(
+            k, [b, kv_head, row, 0], k_full.index(slot), k_buffers.index(slot)
+        )
+        if loaded > first:
+            _load_v(v, v_buffers, v_full, v_empty, b, kv_head, previous, loaded - 1, STAGES)
+        previous = row
+        loaded += 1
+        tile, end, run, next_tile, next_end = following_tile(
+            runs, tile, end, run, next_tile, next_end, TILES
+        )
+    return loaded, previous
+
+
+@gluon.jit
+def _load_v(v, v_buffers, v_full, v_empty, b, kv_head, row, number, STAGES: gl.constexpr):
+    slot, turn = number % STAGES, number // STAGES & 1
+    mbarrier.wait(v_empty.index(slot), turn ^ 1)
+    mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
+    tma.async_copy_global_to_shared(
+        v, [b, kv_head, row, 0], v_full.index(slot), v_buffers.index(slot)
+    )
+
+
+@gluon.jit
+def _produce(
+    q, k, v, results, buffers, barriers, queue, positions, lists, lengths, shape, score_tables,
+    mask_tables, scale,
+    mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
+    MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
+    STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
+    BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
+    D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
+    PINGPONG: gl.constexpr,
+):  # fmt: skip
+    """The producer warp."""
+    BLOCK_M: gl.constexpr = GROUPS * ROWS
+    counters, words, words_full, words_empty = queue
+    q_buffers, k_buffers, v_buffers = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    rows, runs, order, turns, q_starts, kv_starts = lists
+    heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, section, total_heads = shape
+    per_head = blocks * TILES_M
+    total = total_heads * per_head
+    work = gl.program_id(0)
+    loaded = gl.to_tensor(0)
+    given = gl.to_tensor(0)
+    with_keys = gl.to_tensor(0)
+    previous = gl.to_tensor(0)
+    while work < total:
+        upcoming = take(counters)
+        head, place = head_and_place(work, section, total_heads, per_head)
+        b, h = head // heads, head % heads
+        first_row = b * row_stride_b + h * row_stride_h
+        block = gl.load(order + first_row + place // TILES_M)
+        within = place % TILES_M * BLOCK_M
+        listed = rows + 4 * (first_row + block)
+        partial, full = gl.load(listed + 1) * TILES_N, gl.load(listed + 3) * TILES_N
+        turn = gl.to_tensor(0)
+        wanted = total > 0
+        if STAGED:
+            turn = gl.load(turns + first_row + block)
+            wanted = turn != 0
+        elif IN_PLACE:
+            wanted = partial + full > 0
+        if wanted:
+            slot = given % 2
+            mbarrier.wait(words_empty.index(slot), (given // 2 & 1) ^ 1)
+            start = block * (TILES_M * BLOCK_M) + within
+            write_word(words, slot * WORDS, partial + full)
+            write_word(words, slot * WORDS + 1, partial)
+            write_word(words, slot * WORDS + 2, head)
+            write_word(words, slot * WORDS + 3, start)
+            write_word(words, slot * WORDS + 4, gl.load(q_starts + block) + within)
+            write_word(words, slot * WORDS + 5, turn)
+            mbarrier.arrive(words_full.index(slot), count=1)
+            given += 1
+            if partial + full > 0:
+                for c in gl.static_range(GROUPS):
+                    mbarrier.wait(q_empty.index(c), (with_keys & 1) ^ 1)
+                    mbarrier.expect(q_full.index(c), q.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        q, [b, h, start + c * ROWS, 0], q_full.index(c), q_buffers.index(c)
+                    )
+                with_keys += 1
+                first, kv_head, starts = loaded, h // group, kv_starts + b * kv_stride_b
+                if PARTIAL:
+                    loaded, previous = _load_list(
+                        loaded, first, previous, k, v, buffers, barriers, positions, b, kv_head,
+                        gl.load(listed), partial, runs, starts,
+                        True, IN_ORDER, BLOCK_N, TILES_N, STAGES,
+                    )  # fmt: skip
+                loaded, previous = _load_list(
+                    loaded, first, previous, k, v, buffers, barriers, positions, b, kv_head,
+                    gl.load(listed + 2), full, runs, starts,
+                    PARTIAL or score_mod is not None, IN_ORDER, BLOCK_N, TILES_N, STAGES,
+                )  # fmt: skip
+                _load_v(v, v_buffers, v_full, v_empty, b, kv_head, previous, loaded - 1, STAGES)
+        work = upcoming
+    slot = given % 2
+    mbarrier.wait(words_empty.index(slot), (given // 2 & 1) ^ 1)
+    write_word(words, slot * WORDS, -1)
+    mbarrier.arrive(words_full.index(slot), count=1)
+    leave(counters)
+
+
+@gluon.jit
+def _scores(
+    s, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
+    MASKED: gl.constexpr, PADDED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr,
+    BLOCK_N: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
+    """Scores of a tile of raw products, in base 2 if there is a score mod, -inf where hidden.
+
+    PADDED: the tile reaches beyond the last key; a mod is asked only about valid positions.
+    """
+    if MASKED or score_mod is not None:
+        kv_idx = (kv_start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S)))[None, :]
+        at_kv = kv_idx
+        if PADDED:
+            at_kv = gl.minimum(kv_idx, kv_limit - 1)
+    if score_mod is not None:
+        s = score_mod(s * scale, b, h, q_idx, at_kv, score_tables) * LOG2E
+    if MASKED:
+        if mask_mod is not None:
+            s = gl.where(mask_mod(b, h, q_idx, at_kv, mask_tables), s, float("-inf"))
+        if PADDED:
+            s = gl.where(kv_idx < kv_limit, s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _softmax(
+    s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
+    MASKED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr, BLOCK_N: gl.constexpr,
+    S: gl.constexpr,
+):  # fmt: skip
+    """Weights of a tile of raw products, the new maximum and sum, and what to shrink by."""
+    if MASKED:
+        if kv_start + BLOCK_N > kv_limit:
+            s = _scores(
+                s, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
+                True, True, mask_mod, score_mod, BLOCK_N, S,
+            )  # fmt: skip
+        else:
+            s = _scores(
+                s, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
+                True, False, mask_mod, score_mod, BLOCK_N, S,
+            )  # fmt: skip
+    else:
+        s = _scores(
+            s, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
+            False, False, mask_mod, score_mod, BLOCK_N, S,
+        )  # fmt: skip
+    if score_mod is not None:
+        top = gl.maximum(m, gl.max(s, axis=1))
+        p = gl.exp2(s - top[:, None])
+    else:  # scale > 0, so it may be taken out of the maximum; one multiply-add per score
+        top = gl.maximum(m, gl.max(s, axis=1) * (scale * LOG2E))
+        p = gl.exp2(s * (scale * LOG2E) - top[:, None])
+    shrink = gl.exp2(m - top)
+    return p, top, l * shrink + gl.sum(p, axis=1), shrink
+
+
+@gluon.jit
+def _step(
+    number, carry, q, k_tiles, v_tiles, barriers, positions, zero, b, h, q_idx, kv_limit,
+    scale, mask_tables, score_tables,
+    MASKED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, PINGPONG: gl.constexpr, GROUP: gl.constexpr,
+    S: gl.constexpr, O: gl.constexpr, P: gl.constexpr,
+    K_SHAPE: gl.constexpr, K_LAYOUT: gl.constexpr, V_SHAPE: gl.constexpr, V_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Scores and weights of tile `number`, while the weights before it meet their values."""
+    acc, p, m, l = carry
+    k_full, k_empty, v_full, v_empty = barriers[2], barriers[3], barriers[4], barriers[5]
+    slot, turn = number % STAGES, number // STAGES & 1
+    v_slot, v_turn = (number - 1) % STAGES, (number - 1) // STAGES & 1
+    mbarrier.wait(k_full.index(slot), turn)
+    if PINGPONG:
+        named_barrier_wait("9" if GROUP == 0 else "10", "256")
+    k_tile = k_tiles.index(slot)._reinterpret(k_tiles.dtype, K_SHAPE, K_LAYOUT)
+    s = warpgroup_mma(q, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(v_slot), v_turn)
+    v_tile = v_tiles.index(v_slot)._reinterpret(v_tiles.dtype, V_SHAPE, V_LAYOUT)
+    adding = warpgroup_mma(unpacked(p, k_tiles.dtype, P), v_tile, acc, is_async=True)
+    if PINGPONG:
+        named_barrier_arrive("10" if GROUP == 0 else "9", "256")
+    kv_start = gl.to_tensor(0)
+    if MASKED or score_mod is not None:
+        kv_start = read_word(positions, slot)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    p, m, l, shrink = _softmax(
+        s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
+        MASKED, mask_mod, score_mod, BLOCK_N, S,
+    )  # fmt: skip
+    acc = warpgroup_mma_wait(0, deps=(adding,))
+    mbarrier.arrive(v_empty.index(v_slot), count=1)
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+    return acc, packed(p, k_tiles.dtype), m, l
+
+
+@gluon.jit
+def _consume(
+    q, k, v, results, buffers, barriers, queue, positions, lists, lengths, shape, score_tables,
+    mask_tables, scale,
+    mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
+    MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
+    STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
+    BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
+    D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
+    PINGPONG: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup of consumers: rows `GROUP * ROWS` and on of each tile."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    dtype: gl.constexpr = q.dtype
+    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D_PAD], dtype)
+    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D_PAD], dtype)
+    V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, DV_PAD], dtype)
+    words, words_full, words_empty = queue[1], queue[2], queue[3]
+    q_buffers, k_buffers, v_buffers = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    q_len, q_limit, kv_limit = lengths
+    heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, section, total_heads = shape
+    q_tile = q_buffers.index(GROUP)._reinterpret(dtype, [ROWS, D_PAD], Q_LAYOUT)
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
+    taken = gl.to_tensor(0)
+    with_keys = gl.to_tensor(0)
+    done = gl.to_tensor(0)
+    if PINGPONG:
+        if GROUP == 1:
+            named_barrier_arrive("9", "256")
+    mbarrier.wait(words_full.index(0), 0)
+    count = read_word(words, 0)
+    while count >= 0:
+        slot = taken % 2
+        partial = read_word(words, slot * WORDS + 1)
+        head = read_word(words, slot * WORDS + 2)
+        start = read_word(words, slot * WORDS + 3) + GROUP * ROWS
+        q_start = read_word(words, slot * WORDS + 4) + GROUP * ROWS
+        turn = read_word(words, slot * WORDS + 5)
+        mbarrier.arrive(words_empty.index(slot), count=1)
+        taken += 1
+        b, h = head // heads, head % heads
+        acc = gl.zeros([ROWS, DV_PAD], gl.float32, O)
+        m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
+        l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
+        if count > 0:
+            q_idx = q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+            q_idx = gl.minimum(q_idx, q_limit - 1)[:, None]  # what is beyond is not written
+            slot, kv_turn = done % STAGES, done // STAGES & 1
+            mbarrier.wait(q_full.index(GROUP), with_keys & 1)
+            mbarrier.wait(k_full.index(slot), kv_turn)
+            k_tile = k_buffers.index(slot)._reinterpret(dtype, [BLOCK_N, D_PAD], K_LAYOUT)
+            s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            kv_start = gl.to_tensor(0)
+            if PARTIAL or score_mod is not None:
+                kv_start = read_word(positions, slot)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(k_empty.index(slot), count=1)
+            p, m, l, shrink = _softmax(
+                s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables,
+                score_tables, PARTIAL, mask_mod, score_mod, BLOCK_N, S,
+            )  # fmt: skip
+            carry = acc, packed(p, dtype), m, l
+            if PARTIAL:
+                for number in range(done + 1, done + partial):
+                    carry = _step(
+                        number, carry, q_tile, k_buffers, v_buffers, barriers, positions, zero, b,
+                        h, q_idx, kv_limit, scale, mask_tables, score_tables,
+                        True, mask_mod, score_mod, BLOCK_N, STAGES, PINGPONG, GROUP, S, O, P,
+                        [BLOCK_N, D_PAD], K_LAYOUT, [BLOCK_N, DV_PAD], V_LAYOUT,
+                    )  # fmt: skip
+            for number in range(done + gl.maximum(partial, 1), done + count):
+                carry = _step(
+                    number, carry, q_tile, k_buffers, v_buffers, barriers, positions, zero, b,
+                    h, q_idx, kv_limit, scale, mask_tables, score_tables,
+                    False, mask_mod, score_mod, BLOCK_N, STAGES, PINGPONG, GROUP, S, O, P,
+                    [BLOCK_N, D_PAD], K_LAYOUT, [BLOCK_N, DV_PAD], V_LAYOUT,
+                )  # fmt: skip
+            acc, p16, m, l = carry
+            mbarrier.arrive(q_empty.index(GROUP), count=1)
+            with_keys += 1
+            done += count
+            v_slot, v_turn = (done - 1) % STAGES, (done - 1) // STAGES & 1
+            mbarrier.wait(v_full.index(v_slot), v_turn)
+            v_tile = v_buffers.index(v_slot)._reinterpret(dtype, [BLOCK_N, DV_PAD], V_LAYOUT)
+            acc = warpgroup_mma(unpacked(p16, dtype, P), v_tile, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(v_empty.index(v_slot), count=1)
+        _write(
+            results, acc, gl.convert_layout(m, gl.SliceLayout(1, O)),
+            gl.convert_layout(l, gl.SliceLayout(1, O)), b, h, start, turn, q_len,
+            MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST, DV, DV_PAD, O,
+        )  # fmt: skip
+        slot = taken % 2
+        mbarrier.wait(words_full.index(slot), taken // 2 & 1)
+        count = read_word(words, slot * WORDS)
+
+
+@gluon.jit
+def _places(x, b, h, start, DV_PAD: gl.constexpr, O: gl.constexpr):
+    """Pointers to a warpgroup's rows of `x[b, h]`."""
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
+    cols = gl.arange(0, DV_PAD, layout=gl.SliceLayout(0, O))
+    base = x[0] + b.to(gl.int64) * x[1] + h.to(gl.int64) * x[2] + start.to(gl.int64) * x[3]
+    return base + rows[:, None] * x[3] + cols[None, :] * x[4]
+
+
+@gluon.jit
+def _write(
+    results, acc, m, l, b, h, start, turn, q_len,
+    MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, STAGED: gl.constexpr,
+    MERGE_FIRST: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, O: gl.constexpr,
+):  # fmt: skip
+    """Merges with what was computed before, and writes; see `triton_forward.forward_kernel`."""
+    out, lse, before_out, before_lse, first_lse = results
+    row = start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
+    rows_inside = row < q_len
+    inside = rows_inside[:, None]
+    if DV < DV_PAD:
+        inside = inside & (gl.arange(0, DV_PAD, layout=gl.SliceLayout(0, O)) < DV)[None, :]
+    empty = l == 0
+    part_lse = gl.where(empty, float("-inf"), m + gl.log2(gl.where(empty, 1.0, l)))  # base 2
+    weight = 1.0 / gl.where(empty, 1.0, l)
+    if MERGE_LSE:
+        if STAGED:
+            later, first = turn & BEGINS == 0, turn & BEGINS != 0
+            old = gl.load(
+                row_places(before_lse, b, h, row), mask=rows_inside & later, other=float("-inf")
+            )
+            if MERGE_FIRST:
+                begun = gl.load(
+                    row_places(first_lse, b, h, row), mask=rows_inside & first, other=float("-inf")
+                )
+                old = gl.maximum(old, begun.to(old.dtype))  # one of them is -inf
+            old *= LOG2E
+        else:
+            old = gl.load(row_places(before_lse, b, h, row), mask=rows_inside, other=0.0) * LOG2E
+        top = gl.maximum(gl.maximum(old, part_lse.to(old.dtype)), LOWEST)
+        old_weight = gl.exp2((old - top).to(gl.float32))
+        new_weight = gl.exp2((part_lse - top).to(gl.float32))
+        sum_of_weights = old_weight + new_weight
+        nothing = sum_of_weights == 0
+        divisor = 1.0 / gl.where(nothing, 1.0, sum_of_weights)
+        acc = acc * (weight * new_weight * divisor)[:, None]
+        if STAGED:
+            if later:
+                before = gl.load(_places(before_out, b, h, start, DV_PAD, O), mask=inside, other=0)
+                acc += before * (old_weight * divisor)[:, None]
+        elif MERGE_OUT:
+            before = gl.load(_places(before_out, b, h, start, DV_PAD, O), mask=inside, other=0)
+            acc += before * (old_weight * divisor)[:, None]
+        merged = top + gl.log2(gl.where(nothing, 1.0, sum_of_weights))
+        new_lse = gl.where(nothing, float("-inf"), merged)
+    else:
+        acc = acc * weight[:, None]
+        new_lse = part_lse
+    if STAGED:
+        if turn & ENDS == 0:
+            gl.store(_places(before_out, b, h, start, DV_PAD, O), acc, mask=inside)
+            gl.store(row_places(before_lse, b, h, row), new_lse * LN2, mask=rows_inside)
+        else:
+            result = acc.to(out[0].dtype.element_ty)
+            gl.store(_places(out, b, h, start, DV_PAD, O), result, mask=inside)
+            gl.store(row_places(lse, b, h, row), new_lse * LN2, mask=rows_inside)
+    else:
+        result = acc.to(out[0].dtype.element_ty)
+        gl.store(_places(out, b, h, start, DV_PAD, O), result, mask=inside)
+        gl.store(row_places(lse, b, h, row), new_lse * LN2, mask=rows_inside)
+
+
+@gluon.jit
+def _consume_first(
+    q, k, v, results, buffers, barriers, queue, positions, lists, lengths, shape, score_tables,
+    mask_tables, scale,
+    mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
+    MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
+    STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
+    BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
+    D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
+    PINGPONG: gl.constexpr,
+):  # fmt: skip
+    _consume(
+        q, k, v, results, buffers, barriers, queue, positions, lists, lengths, shape, score_tables,
+        mask_tables, scale,
+        mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
+        MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, PINGPONG, 0,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _consume_second(
+    q, k, v, results, buffers, barriers, queue, positions, lists, lengths, shape, score_tables,
+    mask_tables, scale,
+    mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
+    MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
+    STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
+    BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
+    D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
+    PINGPONG: gl.constexpr,
+):  # fmt: skip
+    _consume(
+        q, k, v, results, buffers, barriers, queue, positions, lists, lengths, shape, score_tables,
+        mask_tables, scale,
+        mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
+        MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, PINGPONG, 1,
+    )  # fmt: skip
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "q_len", "q_limit", "kv_limit", "heads", "group", "blocks",
+        "row_stride_b", "row_stride_h", "kv_stride_b", "section", "total_heads",
+    ]
+)  # fmt: skip
+def hopper_forward_kernel(
+    q, k, v, out, lse, before_out, before_lse, first_lse, counters, score_tables, scale,
+    rows, runs, order, turns, q_starts, kv_starts, mask_tables,
+    q_len, q_limit, kv_limit, heads, group, blocks,
+    row_stride_b, row_stride_h, kv_stride_b, section, total_heads,
+    mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
+    MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
+    STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
+    BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
+    D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
+    PINGPONG: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Grid: `(programs,)`, no more than there are tiles, or multiprocessors.
+
+    q, k, v: descriptors of `[1, 1, 64 or BLOCK_N, padded dim]`. counters: int32 `[2]`, zeros
+    before and after. section: query heads whose tiles are interleaved, a multiple of `group` or
+    all; total_heads: of all batch elements. The rest as in `triton_forward.forward_kernel`.
+    """
+    q_buffers = gl.allocate_shared_memory(q.dtype, [GROUPS] + q.block_type.shape, q.layout)
+    k_buffers = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
+    v_buffers = gl.allocate_shared_memory(v.dtype, [STAGES] + v.block_type.shape, v.layout)
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], barrier)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    words_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    words_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    words = gl.allocate_shared_memory(gl.int32, [2 * WORDS, 1], plain)
+    positions = gl.allocate_shared_memory(gl.int32, [STAGES, 1], plain)
+    for i in gl.static_range(GROUPS):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=GROUPS)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=GROUPS)
+    for i in gl.static_range(2):
+        mbarrier.init(words_full.index(i), count=1)
+        mbarrier.init(words_empty.index(i), count=GROUPS)
+    # A tuple in a variable would make run-time values of the constants in it.
+    gl.warp_specialize(
+        [
+            (_consume_first, (
+                q, k, v, (out, lse, before_out, before_lse, first_lse),
+                (q_buffers, k_buffers, v_buffers),
+                (q_full, q_empty, k_full, k_empty, v_full, v_empty),
+                (counters, words, words_full, words_empty), positions,
+                (rows, runs, order, turns, q_starts, kv_starts), (q_len, q_limit, kv_limit),
+                (heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, section,
+                 total_heads),
+                score_tables, mask_tables, scale,
+                mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
+                MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, PINGPONG,
+            )),
+            (_consume_second, (
+                q, k, v, (out, lse, before_out, before_lse, first_lse),
+                (q_buffers, k_buffers, v_buffers),
+                (q_full, q_empty, k_full, k_empty, v_full, v_empty),
+                (counters, words, words_full, words_empty), positions,
+                (rows, runs, order, turns, q_starts, kv_starts), (q_len, q_limit, kv_limit),
+                (heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, section,
+                 total_heads),
+                score_tables, mask_tables, scale,
+                mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
+                MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, PINGPONG,
+            )),
+            (_produce, (
+                q, k, v, (out, lse, before_out, before_lse, first_lse),
+                (q_buffers, k_buffers, v_buffers),
+                (q_full, q_empty, k_full, k_empty, v_full, v_empty),
+                (counters, words, words_full, words_empty), positions,
+                (rows, runs, order, turns, q_starts, kv_starts), (q_len, q_limit, kv_limit),
+                (heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, section,
+                 total_heads),
+                score_tables, mask_tables, scale,
+                mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
+                MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, PINGPONG,
+            )),
+        ],
+        [4, 1],
+        [REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip

@@ -1,0 +1,58 @@
+"""What Gluon 3.6 lacks on Hopper, by means that are tied to Triton's version.
+
+Named barriers are inline assembly; adding a tile of shared memory to global memory by TMA calls the
+IR builder. `obstacle()` says where these are not known to work; nothing else in this package
+depends on Triton's internals of one version.
+"""
+
+from __future__ import annotations
+
+import triton
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language import _core
+
+VERSIONS = ("3.6",)
+
+
+def obstacle() -> str | None:
+    """Why the Hopper kernels do not run with this Triton; None if they do."""
+    installed = triton.__version__
+    if any(installed == v or installed.startswith(f"{v}.") for v in VERSIONS):
+        return None
+    return f"the Hopper kernels know Triton {', '.join(VERSIONS)}, not {installed}"
+
+
+@gluon.jit
+def named_barrier_wait(ID: gl.constexpr, THREADS: gl.constexpr):
+    """Waits at a named barrier until `THREADS` have come to it, these among them."""
+    return gl.inline_asm_elementwise(
+        "bar.sync " + ID + ", " + THREADS + "; mov.u32 $0, 0;",
+        "=r",
+        [],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def named_barrier_arrive(ID: gl.constexpr, THREADS: gl.constexpr):
+    """Comes to a named barrier and goes on."""
+    return gl.inline_asm_elementwise(
+        "bar.arrive " + ID + ", " + THREADS + "; mov.u32 $0, 0;",
+        "=r",
+        [],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@_core.builtin
+def tma_add(tensor_desc, coord, src, _semantic=None):
+    """Adds a tile of shared memory to where a descriptor says, asynchronously."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)

@@ -1,0 +1,202 @@
+"""The kernel contract on Hopper GPUs (sm_90), in Gluon: what to launch, with what.
+
+What these kernels do not serve goes to the portable Triton kernel, launch by launch; `serves_*`
+tell which.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.language import bfloat16 as gl_bfloat16
+from triton.experimental.gluon.language import float16 as gl_float16
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ringflex.kernels import triton_kernel
+from ringflex.kernels.block_lists import query_lists
+from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
+from ringflex.kernels.hopper_forward import hopper_forward_kernel
+from ringflex.kernels.stages import Stage
+from ringflex.kernels.triton_kernel import RowTerms, row_terms
+from ringflex.kernels.triton_launch import Prepared
+from ringflex.kernels.triton_math import unchanged
+from ringflex.kernels.triton_mods import ScoreMod
+from ringflex.kernels.triton_setup import Setup, alignment, encoded_rows, strided
+from ringflex.masks.block_mask import BlockMask
+from ringflex.masks.trace import TracedMod
+
+__all__ = ["backward", "forward", "has_separate_passes", "row_terms"]
+
+_QUERIES = 128  # of a tile
+_L2 = 32 << 20  # bytes of K/V that stay in the L2 cache (50 MB) beside what passes through
+_COUNTERS = 2048  # launches that may be under way at once
+_GLUON = {torch.float16: gl_float16, torch.bfloat16: gl_bfloat16}
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    score: TracedMod | None,
+    scale: float,
+    before: Partial | None,
+    after: Partial,
+    options: KernelOptions,
+    stage: Stage | None = None,
+    running: Partial | None = None,
+) -> None:
+    """See `contract`."""
+    setup = Setup.of(q, k, v, mask, options)
+    block_n = 64 if max(setup.dims) > 128 else 128
+    served = serves_forward(setup) and not alignment(q, k, v)
+    if not served:
+        triton_kernel.forward(
+            q, k, v, mask, score, scale, before, after, options, stage, running
+        )
+        return
+    mod = triton_kernel._score_mod(score, q, options)
+    out, lse = after
+    assert out is not None
+    first_lse = lse if before is None else before.lse
+    merge_first = stage is not None and before is not None
+    if stage is not None:  # merges with what is running, or, where a query begins, with first_lse
+        assert running is not None and (before is None or before.out is None)
+        before = running
+    merge_out, merge_lse = before is not None and before.out is not None, before is not None
+    before_out = out if before is None or before.out is None else before.out
+    before_lse = lse if before is None else before.lse
+    in_place = merge_out and before_out is out and before_lse is lse
+    score_function = None if mod is None else mod.function()
+    if mod is None and scale <= 0:  # the kernel takes a positive scale out of the maximum
+        score_function = unchanged
+    key = (
+        "hopper forward", triton_kernel._kind(mod), score_function, out.dtype, out.stride(),
+        before_out.stride(), before_lse.stride(), lse.dtype, before_lse.dtype, merge_out, merge_lse,
+        in_place, alignment(out, lse, before_out, before_lse, first_lse), stage is not None,
+        merge_first, first_lse.stride(),
+    )  # fmt: skip
+    ready = setup.prepared.get(key)
+    D, _, DV, _ = setup.dims
+    D_PAD, DV_PAD = _padded(D), _padded(DV)
+    if ready is None:
+        lists = query_lists(mask, q.device)
+        tiles_m, tiles_n = mask.block_size[0] // _QUERIES, mask.block_size[1] // block_n
+        total_heads = setup.batch * setup.heads
+        stages = 4 if max(D_PAD, DV_PAD) == 64 else 2
+        ready = Prepared(
+            hopper_forward_kernel,
+            (min(total_heads * lists.blocks * tiles_m, _multiprocessors(q.device)), 1, 1),
+            (
+                *setup.query_lists(lists, stage), setup.mask_mod.tables,
+                setup.lengths[0], *setup.lengths[2:], setup.heads, setup.group, lists.blocks,
+                *setup.row_strides(lists), setup.kv_stride,
+                _section(setup, D_PAD + DV_PAD), total_heads,
+            ),
+            (
+                setup.mask_mod.function, score_function, setup.has_partial(lists),
+                setup.positions.kv_in_order, merge_out, merge_lse, in_place,
+                stage is not None, merge_first,
+                block_n, tiles_m, tiles_n, D_PAD, DV, DV_PAD, stages, PINGPONG, *REGISTERS,
+            ),
+            Tile(_QUERIES, block_n, 4, stages),
+        )  # fmt: skip
+        setup.keep(key, ready)
+    ready(
+        _described(q, _QUERIES // 2, D_PAD), _described(k, block_n, D_PAD),
+        _described(v, block_n, DV_PAD),
+        strided(out), encoded_rows(lse), strided(before_out), encoded_rows(before_lse),
+        encoded_rows(first_lse), _counters(q.device), () if mod is None else mod.arguments, scale,
+    )  # fmt: skip
+
+
+PINGPONG = True
+REGISTERS = (240, 24)
+
+
+def has_separate_passes(options: KernelOptions) -> bool:
+    """See `contract`."""
+    return triton_kernel.has_separate_passes(options)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: RowTerms,
+    mask: BlockMask,
+    score: TracedMod | None,
+    scale: float,
+    gradients: Gradients,
+    options: KernelOptions,
+) -> None:
+    """See `contract`."""
+    triton_kernel.backward(dout, q, k, v, terms, mask, score, scale, gradients, options)
+
+
+def serves_forward(setup: Setup) -> bool:
+    """Whether the Hopper kernel computes this forward."""
+    D, _, DV, _ = setup.dims
+    block_n = 64 if max(D, DV) > 128 else 128
+    m, n = setup.mask.block_size
+    return (
+        setup.dtype in _GLUON and setup.describable and m % _QUERIES == 0 and n % block_n == 0
+    )  # fmt: skip
+
+
+def _padded(D: int) -> int:
+    """At least one row of 128 bytes."""
+    return max(64, 1 << (D - 1).bit_length())
+
+
+def _section(setup: Setup, width: int) -> int:
+    """Query heads whose tiles are interleaved: those whose K/V fits in the L2 cache together."""
+    bytes_per_head = setup.lengths[1] * width * setup.dtype.itemsize
+    together = max(1, _L2 // max(1, bytes_per_head))
+    return min(together, setup.batch * setup.kv_heads) * setup.group
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> NVMMASharedLayout:
+    return NVMMASharedLayout.get_default_for([1, 1, rows, columns], _GLUON[dtype])
+
+
+def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """As `triton_setup.described`, for Gluon."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.strides = x, list(x.shape), list(x.stride())
+    descriptor.block_shape = [1, 1, rows, columns]
+    descriptor.layout, descriptor.padding = _layout(rows, columns, x.dtype), "zero"
+    return descriptor
+
+
+class _Counters:
+    """A ring of pairs of zeros, which every launch leaves as it found them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = torch.zeros(_COUNTERS, 4, dtype=torch.int32, device=device)
+        self.pairs = [self.pool[i] for i in range(_COUNTERS)]
+        self.next = 0
+
+
+_rings: dict[torch.device, _Counters] = {}
+
+
+def _counters(device: torch.device) -> Tensor:
+    ring = _rings.get(device)
+    if ring is None:
+        ring = _rings[device] = _Counters(device)
+    ring.next = (ring.next + 1) % _COUNTERS
+    return ring.pairs[ring.next]
