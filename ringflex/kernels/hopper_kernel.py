@@ -14,27 +14,32 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.language import bfloat16 as gl_bfloat16
 from triton.experimental.gluon.language import float16 as gl_float16
+from triton.experimental.gluon.language import float32 as gl_float32
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ringflex.kernels import triton_kernel
-from ringflex.kernels.block_lists import query_lists
+from ringflex.kernels.block_lists import key_lists, query_lists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
+from ringflex.kernels.hopper_backward import hopper_backward_kernel
 from ringflex.kernels.hopper_forward import hopper_forward_kernel
+from ringflex.kernels.mod_tables import gradient_arguments
 from ringflex.kernels.stages import Stage
 from ringflex.kernels.triton_kernel import RowTerms, row_terms
 from ringflex.kernels.triton_launch import Prepared
-from ringflex.kernels.triton_math import unchanged
-from ringflex.kernels.triton_mods import ScoreMod
+from ringflex.kernels.triton_math import ADD, unchanged
+from ringflex.kernels.triton_mods import accumulators
 from ringflex.kernels.triton_setup import Setup, alignment, encoded_rows, strided
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.trace import TracedMod
 
 __all__ = ["backward", "forward", "has_separate_passes", "row_terms"]
 
-_QUERIES = 128  # of a tile
+_QUERIES, _KEYS = 128, 128  # of a tile that stays
 _L2 = 32 << 20  # bytes of K/V that stay in the L2 cache (50 MB) beside what passes through
 _COUNTERS = 2048  # launches that may be under way at once
 _GLUON = {torch.float16: gl_float16, torch.bfloat16: gl_bfloat16}
+_DTYPES = _GLUON | {torch.float32: gl_float32}
+_ROWS_LAYOUT = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 
 def forward(
@@ -95,7 +100,7 @@ def forward(
                 *setup.query_lists(lists, stage), setup.mask_mod.tables,
                 setup.lengths[0], *setup.lengths[2:], setup.heads, setup.group, lists.blocks,
                 *setup.row_strides(lists), setup.kv_stride,
-                _section(setup, D_PAD + DV_PAD), total_heads,
+                _section(setup, D_PAD + DV_PAD, setup.lengths[1]) * setup.group, total_heads,
             ),
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
@@ -120,7 +125,7 @@ REGISTERS = (240, 24)
 
 def has_separate_passes(options: KernelOptions) -> bool:
     """See `contract`."""
-    return triton_kernel.has_separate_passes(options)
+    return options.deterministic or options.backward == "two_pass"
 
 
 def backward(
@@ -136,7 +141,83 @@ def backward(
     options: KernelOptions,
 ) -> None:
     """See `contract`."""
-    triton_kernel.backward(dout, q, k, v, terms, mask, score, scale, gradients, options)
+    g = gradients
+    setup = Setup.of(q, k, v, mask, options)
+    dout = dout if _is_describable(dout) else dout.contiguous()
+    served = not has_separate_passes(options) and g.dq is not None and g.dk is not None
+    if not served or not serves_backward(setup) or alignment(q, k, v, dout):
+        triton_kernel.backward(dout, q, k, v, terms, mask, score, scale, g, options)
+        return
+    assert g.dq is not None and g.dk is not None and g.dv is not None
+    mod = triton_kernel._score_mod(score, q, options)
+    wanted = () if mod is None else mod.wanted([d is not None for d in g.dcaptures])
+    pairs = [] if mod is None else accumulators(mod, wanted)
+    dq = g.running_q
+    if dq is not None and g.stage is not None:
+        g.stage.begin(dq, 0.0)
+    else:
+        fits = g.dq.dtype == torch.float32
+        dq = g.dq.zero_() if fits else torch.zeros_like(g.dq, dtype=torch.float32)
+    score_function = None if mod is None else mod.function()
+    key = (
+        "hopper backward", triton_kernel._kind(mod), score_function, dout.stride(), g.dk.dtype,
+        g.dk.stride(), g.dv.stride(), tuple(wanted), alignment(g.dk, g.dv),
+    )  # fmt: skip
+    D, _, DV, _ = setup.dims
+    D_PAD, DV_PAD = _padded(D), _padded(DV)
+    block_m = 128 if max(D_PAD, DV_PAD) == 64 else 64
+    ready = setup.prepared.get(key)
+    if ready is None:
+        lists = key_lists(mask, setup.group, q.device)
+        apart = mask.H > 1
+        order_stride_h = lists.blocks if apart else 0
+        order_stride_b = lists.blocks * (setup.kv_heads if apart else 1) if mask.B > 1 else 0
+        tiles_m, tiles_n = mask.block_size[0] // block_m, mask.block_size[1] // _KEYS
+        total_heads = setup.batch * setup.kv_heads
+        score_gradient = None
+        if mod is not None:
+            score_gradient = mod.gradient(wanted or [False] * len(mod.tables))
+        ready = Prepared(
+            hopper_backward_kernel,
+            (min(total_heads * lists.blocks * tiles_n, _multiprocessors(q.device)), 1, 1),
+            (
+                *setup.key_lists(lists), setup.mask_mod.tables,
+                *setup.lengths[1:], terms.delta.shape[2], setup.kv_heads, setup.group,
+                lists.blocks, *setup.row_strides(lists), order_stride_b, order_stride_h,
+                setup.kv_stride, _section(setup, D_PAD + DV_PAD, setup.lengths[0]), total_heads,
+            ),
+            (
+                setup.mask_mod.function, score_function, score_gradient, ADD.value,
+                setup.has_partial(lists), setup.positions.kv_in_order,
+                block_m, tiles_m, tiles_n, D, D_PAD, DV, DV_PAD, 2, *REGISTERS,
+            ),
+            Tile(block_m, _KEYS, 4, 2),
+        )  # fmt: skip
+        setup.keep(key, ready)
+    half = _KEYS // 2
+    ready(
+        _described(q, block_m, D_PAD), _described(k, half, D_PAD), _described(v, half, DV_PAD),
+        _described(dout, block_m, DV_PAD), *(_described_rows(x, block_m) for x in terms),
+        _described(dq, block_m, D_PAD // 2), strided(g.dk), strided(g.dv), _counters(q.device),
+        () if mod is None else mod.arguments, gradient_arguments(pairs), scale,
+    )  # fmt: skip
+    if g.stage is not None:
+        g.stage.end(dq, g.dq)
+    elif dq is not g.dq:
+        g.dq.copy_(dq)
+    if mod is not None and any(wanted):
+        sums = iter(total for total, _ in pairs)
+        mod.add_to_captures([next(sums) if want else None for want in wanted], g.dcaptures)
+
+
+def serves_backward(setup: Setup) -> bool:
+    """Whether the Hopper kernel computes this backward."""
+    D, _, DV, _ = setup.dims
+    m, n = setup.mask.block_size
+    return (
+        setup.dtype in _GLUON and setup.describable and max(D, DV) <= 128
+        and m % 128 == 0 and n % _KEYS == 0
+    )  # fmt: skip
 
 
 def serves_forward(setup: Setup) -> bool:
@@ -154,11 +235,15 @@ def _padded(D: int) -> int:
     return max(64, 1 << (D - 1).bit_length())
 
 
-def _section(setup: Setup, width: int) -> int:
-    """Query heads whose tiles are interleaved: those whose K/V fits in the L2 cache together."""
-    bytes_per_head = setup.lengths[1] * width * setup.dtype.itemsize
-    together = max(1, _L2 // max(1, bytes_per_head))
-    return min(together, setup.batch * setup.kv_heads) * setup.group
+def _section(setup: Setup, width: int, length: int) -> int:
+    """K/V heads whose tiles are interleaved: those whose K/V (or whose group's Q and dout) fit in
+    the L2 cache together."""
+    bytes_per_head = length * width * setup.dtype.itemsize
+    return min(max(1, _L2 // bytes_per_head), setup.batch * setup.kv_heads)
+
+
+def _is_describable(x: Tensor) -> bool:
+    return x.stride(3) == 1 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
 
 
 @functools.cache
@@ -170,15 +255,23 @@ def _multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _layout(rows: int, columns: int, dtype: torch.dtype) -> NVMMASharedLayout:
-    return NVMMASharedLayout.get_default_for([1, 1, rows, columns], _GLUON[dtype])
+    return NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[dtype])
 
 
 def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """As `triton_setup.described`, for Gluon."""
-    descriptor = object.__new__(TensorDescriptor)
+    return _descriptor(x, [1, 1, rows, columns], _layout(rows, columns, x.dtype))
+
+
+def _described_rows(x: Tensor, rows: int) -> TensorDescriptor:
+    """Row terms, flat."""
+    return _descriptor(x.view(-1), [rows], _ROWS_LAYOUT)
+
+
+def _descriptor(x: Tensor, block: list[int], layout: NVMMASharedLayout) -> TensorDescriptor:
+    descriptor = object.__new__(TensorDescriptor)  # its checks cost a launch's time
     descriptor.base, descriptor.shape, descriptor.strides = x, list(x.shape), list(x.stride())
-    descriptor.block_shape = [1, 1, rows, columns]
-    descriptor.layout, descriptor.padding = _layout(rows, columns, x.dtype), "zero"
+    descriptor.block_shape, descriptor.layout, descriptor.padding = block, layout, "zero"
     return descriptor
 
 

@@ -1,0 +1,482 @@
+"""The backward kernel for Hopper (sm_90), in Gluon.
+
+The gradients of `triton_backward` in one pass of five products, after Shah et al.,
+"FlashAttention-3" (2024), section 3 and appendix B: a program keeps 128 keys, 64 to each of two
+warpgroups, and walks the queries that see them, head by head of a group. Scores are transposed, so
+that weights and their gradients are left operands of dV and dK out of registers; for dQ they go
+through shared memory, and each group computes half of dQ's columns from both halves of the keys.
+dQ is added into fp32 in global memory by TMA, in whatever order programs come to it.
+
+The scores of the next tile of queries are under way while the last products of one are. Programs
+are persistent and take tiles of keys from a queue (`hopper_common`).
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ringflex.kernels.hopper_common import (
+    WORDS,
+    head_and_place,
+    leave,
+    read_word,
+    take,
+    write_word,
+)
+from ringflex.kernels.hopper_intrinsics import named_barrier_wait, tma_add
+from ringflex.kernels.triton_common import (
+    LOG2E,
+    first_tile,
+    following_tile,
+    position_of,
+)
+
+KEYS = gl.constexpr(64)  # per warpgroup
+GROUPS = gl.constexpr(2)
+ITEM_WORDS = gl.constexpr(4)  # of a tile of queries: position, head, start, whether the mask is asked
+
+
+@gluon.jit
+def _load_list(
+    loaded, q, dout, lse, delta, buffers, barriers, items, b, h, head, run, tiles, runs, q_starts,
+    padded_len,
+    MASKED: gl.constexpr, BLOCK_M: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Loads the queries of one list, and what belongs to them."""
+    q_buffers, dout_buffers, lse_rows, delta_rows = buffers[0], buffers[1], buffers[4], buffers[5]
+    q_full, q_empty, dout_full, dout_empty = barriers[0], barriers[1], barriers[2], barriers[3]
+    tile, end, run, next_tile, next_end = first_tile(runs, run, TILES)
+    for _ in range(tiles):
+        slot, turn = loaded % STAGES, loaded // STAGES & 1
+        row = tile * BLOCK_M
+        mbarrier.wait(q_empty.index(slot), turn ^ 1)
+        write_word(items, slot * ITEM_WORDS, position_of(q_starts, tile, BLOCK_M, TILES, False))
+        write_word(items, slot * ITEM_WORDS + 1, h)
+        write_word(items, slot * ITEM_WORDS + 2, row)
+        write_word(items, slot * ITEM_WORDS + 3, 1 if MASKED else 0)
+        mbarrier.expect(q_full.index(slot), q.block_type.nbytes + lse.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            lse, [head * padded_len + row], q_full.index(slot), lse_rows.index(slot)
+        )
+        tma.async_copy_global_to_shared(
+            q, [b, h, row, 0], q_full.index(slot), q_buffers.index(slot)
+        )
+        mbarrier.wait(dout_empty.index(slot), turn ^ 1)
+        mbarrier.expect(dout_full.index(slot), dout.block_type.nbytes + delta.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            delta, [head * padded_len + row], dout_full.index(slot), delta_rows.index(slot)
+        )
+        tma.async_copy_global_to_shared(
+            dout, [b, h, row, 0], dout_full.index(slot), dout_buffers.index(slot)
+        )
+        loaded += 1
+        tile, end, run, next_tile, next_end = following_tile(
+            runs, tile, end, run, next_tile, next_end, TILES
+        )
+    return loaded
+
+
+@gluon.jit
+def _produce(
+    q, k, v, dout, lse, delta, dq, results, buffers, barriers, queue, items, lists, lengths, shape,
+    score_tables, mask_tables, into, scale,
+    mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
+    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
+    BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
+    D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer warp."""
+    BLOCK_N: gl.constexpr = GROUPS * KEYS
+    counters, words, words_full, words_empty = queue
+    k_buffers, v_buffers = buffers[2], buffers[3]
+    kv_full, kv_empty = barriers[4], barriers[5]
+    rows, runs, order, q_starts, kv_starts = lists
+    padded_len = lengths[3]
+    kv_heads, group, blocks, row_stride_b, row_stride_h = shape[0], shape[1], shape[2], shape[3], shape[4]
+    order_stride_b, order_stride_h, kv_stride_b = shape[5], shape[6], shape[7]
+    section, total_heads = shape[8], shape[9]
+    per_head = blocks * TILES_N
+    total = total_heads * per_head
+    work = gl.program_id(0)
+    loaded = gl.to_tensor(0)
+    given = gl.to_tensor(0)
+    while work < total:
+        upcoming = take(counters)
+        kv_head_of_all, place = head_and_place(work, section, total_heads, per_head)
+        b, kv_head = kv_head_of_all // kv_heads, kv_head_of_all % kv_heads
+        block = gl.load(order + b * order_stride_b + kv_head * order_stride_h + place // TILES_N)
+        within = place % TILES_N * BLOCK_N
+        start = block * (TILES_N * BLOCK_N) + within
+        listed = rows + 4 * (b * row_stride_b + kv_head * group * row_stride_h + block)
+        count = gl.to_tensor(0)
+        for member in range(group):
+            of_head = listed + 4 * member * row_stride_h
+            count += gl.load(of_head + 1) + gl.load(of_head + 3)
+        slot = given % 2
+        mbarrier.wait(words_empty.index(slot), (given // 2 & 1) ^ 1)
+        write_word(words, slot * WORDS, count * TILES_M)
+        write_word(words, slot * WORDS + 1, kv_head_of_all)
+        write_word(words, slot * WORDS + 2, start)
+        kv_start = position_of(kv_starts + b * kv_stride_b, block, BLOCK_N * TILES_N, 1, IN_ORDER)
+        write_word(words, slot * WORDS + 3, kv_start + within)
+        mbarrier.arrive(words_full.index(slot), count=1)
+        # K and V: one buffer, which the tile before must have left.
+        mbarrier.wait(kv_empty.index(0), (given & 1) ^ 1)
+        nbytes: gl.constexpr = GROUPS * (k.block_type.nbytes + v.block_type.nbytes)
+        mbarrier.expect(kv_full.index(0), nbytes)
+        for c in gl.static_range(GROUPS):
+            tma.async_copy_global_to_shared(
+                k, [b, kv_head, start + c * KEYS, 0], kv_full.index(0), k_buffers.index(c)
+            )
+            tma.async_copy_global_to_shared(
+                v, [b, kv_head, start + c * KEYS, 0], kv_full.index(0), v_buffers.index(c)
+            )
+        given += 1
+        for member in range(group):
+            h = kv_head * group + member
+            head = b * kv_heads * group + h
+            of_head = listed + 4 * member * row_stride_h
+            if PARTIAL:
+                loaded = _load_list(
+                    loaded, q, dout, lse, delta, buffers, barriers, items, b, h, head,
+                    gl.load(of_head), gl.load(of_head + 1) * TILES_M, runs, q_starts, padded_len,
+                    True, BLOCK_M, TILES_M, STAGES,
+                )  # fmt: skip
+            loaded = _load_list(
+                loaded, q, dout, lse, delta, buffers, barriers, items, b, h, head,
+                gl.load(of_head + 2), gl.load(of_head + 3) * TILES_M, runs, q_starts, padded_len,
+                False, BLOCK_M, TILES_M, STAGES,
+            )  # fmt: skip
+        work = upcoming
+    slot = given % 2
+    mbarrier.wait(words_empty.index(slot), (given // 2 & 1) ^ 1)
+    write_word(words, slot * WORDS, -1)
+    mbarrier.arrive(words_full.index(slot), count=1)
+    leave(counters)
+
+
+@gluon.jit
+def _hidden(
+    p, b, h, q_start, kv_idx, q_limit, kv_limit, mask_tables,
+    mask_mod: gl.constexpr, BLOCK_M: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
+    """Weights of a tile, `[keys, queries]`, zero where the mask hides them.
+
+    Queries beyond the limit have none already, as their lse is infinite."""
+    q_idx = q_start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S))
+    q_idx = gl.minimum(q_idx, q_limit - 1)[None, :]
+    if mask_mod is not None:
+        at_kv = gl.minimum(kv_idx, kv_limit - 1)
+        p = gl.where(mask_mod(b, h, q_idx, at_kv, mask_tables), p, 0.0)
+    return gl.where(kv_idx < kv_limit, p, 0.0)
+
+
+@gluon.jit
+def _consume(
+    q, k, v, dout, lse, delta, dq, results, buffers, barriers, queue, items, lists, lengths, shape,
+    score_tables, mask_tables, into, scale,
+    mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
+    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
+    BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
+    D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup of consumers: keys `GROUP * KEYS` and on of each tile."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_PAD, 16])
+    DV_: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 16])
+    HALF: gl.constexpr = D_PAD // 2
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    FOR_DK: gl.constexpr = gl.DotOperandLayout(0, DK, 2)
+    FOR_DV: gl.constexpr = gl.DotOperandLayout(0, DV_, 2)
+    dtype: gl.constexpr = q.dtype
+    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D_PAD], dtype)
+    DOUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, DV_PAD], dtype)
+    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D_PAD], dtype)
+    V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, DV_PAD], dtype)
+    DQ_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HALF], gl.float32)
+    words, words_full, words_empty = queue[1], queue[2], queue[3]
+    q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers, dq_buffers = buffers
+    q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty = barriers
+    dk_out, dv_out = results
+    kv_len, q_limit, kv_limit = lengths[0], lengths[1], lengths[2]
+    kv_heads, group = shape[0], shape[1]
+    k_tile = k_buffers.index(GROUP)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
+    v_tile = v_buffers.index(GROUP)._reinterpret(dtype, [KEYS, DV_PAD], V_LAYOUT)
+    k_first = k_buffers.index(0)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
+    k_second = k_buffers.index(1)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
+    k_first = k_first.slice(GROUP * HALF, HALF, dim=1)
+    k_second = k_second.slice(GROUP * HALF, HALF, dim=1)
+    dq_staged = dq_buffers.index(GROUP)
+    zero = gl.zeros([KEYS, BLOCK_M], gl.float32, S)
+    zero_dq = gl.zeros([BLOCK_M, HALF], gl.float32, DQ)
+    taken = gl.to_tensor(0)
+    done = gl.to_tensor(0)
+    mbarrier.wait(words_full.index(0), 0)
+    count = read_word(words, 0)
+    while count >= 0:
+        slot = taken % 2
+        kv_head_of_all = read_word(words, slot * WORDS + 1)
+        start = read_word(words, slot * WORDS + 2) + GROUP * KEYS
+        kv_start = read_word(words, slot * WORDS + 3) + GROUP * KEYS
+        mbarrier.arrive(words_empty.index(slot), count=1)
+        b = kv_head_of_all // kv_heads
+        kv_head = kv_head_of_all % kv_heads
+        kv_idx = (kv_start + gl.arange(0, KEYS, layout=gl.SliceLayout(1, S)))[:, None]
+        dk = gl.zeros([KEYS, D_PAD], gl.float32, DK)
+        dv = gl.zeros([KEYS, DV_PAD], gl.float32, DV_)
+        mbarrier.wait(kv_full.index(0), taken & 1)
+        if count > 0:
+            slot = done % STAGES
+            mbarrier.wait(q_full.index(slot), done // STAGES & 1)
+            q_tile = q_buffers.index(slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
+            scores = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            for number in range(done, done + count):
+                slot, turn = number % STAGES, number // STAGES & 1
+                mbarrier.wait(dout_full.index(slot), turn)
+                dout_tile = dout_buffers.index(slot)._reinterpret(
+                    dtype, [BLOCK_M, DV_PAD], DOUT_LAYOUT
+                )
+                dp = warpgroup_mma(
+                    v_tile, dout_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+                )
+                h = read_word(items, slot * ITEM_WORDS + 1)
+                row = read_word(items, slot * ITEM_WORDS + 2)
+                lse_row = lse_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
+                s = warpgroup_mma_wait(1, deps=(scores,))
+                if score_mod is None:
+                    p = gl.exp2(s * (scale * LOG2E) - lse_row)
+                else:
+                    s = s * scale
+                    q_start = read_word(items, slot * ITEM_WORDS)
+                    q_idx = q_start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S))
+                    q_idx = gl.minimum(q_idx, q_limit - 1)[None, :]
+                    at_kv = gl.minimum(kv_idx, kv_limit - 1)
+                    p = gl.exp2(
+                        score_mod(s, b, h, q_idx, at_kv, score_tables) * LOG2E - lse_row
+                    )
+                if PARTIAL:
+                    if read_word(items, slot * ITEM_WORDS + 3) != 0:
+                        p = _hidden(
+                            p, b, h, read_word(items, slot * ITEM_WORDS), kv_idx, q_limit,
+                            kv_limit, mask_tables, mask_mod, BLOCK_M, S,
+                        )  # fmt: skip
+                delta_row = delta_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
+                dp = warpgroup_mma_wait(0, deps=(dp,))
+                ds = p * (dp - delta_row)
+                if score_grad is not None:
+                    ds = score_grad(
+                        s, ds, b, h, q_idx, at_kv, score_tables, into, HOW, 1
+                    )
+                    ds = gl.where(p > 0, ds, 0.0)  # whatever the derivative is where it is hidden
+                ds = ds.to(dtype)
+                parity = number % 2 * GROUPS
+                ds_buffers.index(parity + GROUP).store(ds)
+                adding_dv = warpgroup_mma(
+                    gl.convert_layout(p.to(dtype), FOR_DV), dout_tile, dv, is_async=True
+                )
+                fence_async_shared()
+                named_barrier_wait("9", "256")  # both groups' ds are there
+                dq_part = warpgroup_mma(
+                    ds_buffers.index(parity).permute((1, 0)), k_first, zero_dq,
+                    use_acc=False, is_async=True,
+                )  # fmt: skip
+                dq_part = warpgroup_mma(
+                    ds_buffers.index(parity + 1).permute((1, 0)), k_second, dq_part, is_async=True
+                )
+                q_tile = q_buffers.index(slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
+                adding_dk = warpgroup_mma(
+                    gl.convert_layout(ds, FOR_DK), q_tile, dk, is_async=True
+                )
+                # The next scores; after the last tile, its own once more, for nothing.
+                following = gl.minimum(number + 1, done + count - 1)
+                next_slot = following % STAGES
+                mbarrier.wait(q_full.index(next_slot), following // STAGES & 1)
+                next_q = q_buffers.index(next_slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
+                scores = warpgroup_mma(
+                    k_tile, next_q.permute((1, 0)), zero, use_acc=False, is_async=True
+                )
+                dv = warpgroup_mma_wait(4, deps=(adding_dv,))
+                mbarrier.arrive(dout_empty.index(slot), count=1)
+                dq_part = warpgroup_mma_wait(2, deps=(dq_part,))
+                tma.store_wait(0)
+                dq_staged._reinterpret(gl.float32, [BLOCK_M, HALF], DQ_LAYOUT).store(dq_part * scale)
+                fence_async_shared()
+                tma_add(dq, [b, h, row, GROUP * HALF], dq_staged)
+                dk = warpgroup_mma_wait(1, deps=(adding_dk,))
+                mbarrier.arrive(q_empty.index(slot), count=1)
+            s = warpgroup_mma_wait(0, deps=(scores,))
+            done += count
+        mbarrier.arrive(kv_empty.index(0), count=1)
+        taken += 1
+        _write(dk_out, dk * scale, b, kv_head, start, kv_len, D, D_PAD, DK)
+        _write(dv_out, dv, b, kv_head, start, kv_len, DV, DV_PAD, DV_)
+        slot = taken % 2
+        mbarrier.wait(words_full.index(slot), taken // 2 & 1)
+        count = read_word(words, slot * WORDS)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _write(
+    x, value, b, h, start, length, D: gl.constexpr, D_PAD: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """A warpgroup's rows of `x[b, h]`, up to `length` and `D`."""
+    rows = gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT))
+    cols = gl.arange(0, D_PAD, layout=gl.SliceLayout(0, LAYOUT))
+    base = x[0] + b.to(gl.int64) * x[1] + h.to(gl.int64) * x[2] + start.to(gl.int64) * x[3]
+    inside = (start + rows < length)[:, None]
+    if D < D_PAD:
+        inside = inside & (cols < D)[None, :]
+    places = base + rows[:, None] * x[3] + cols[None, :] * x[4]
+    gl.store(places, value.to(x[0].dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _consume_first(
+    q, k, v, dout, lse, delta, dq, results, buffers, barriers, queue, items, lists, lengths, shape,
+    score_tables, mask_tables, into, scale,
+    mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
+    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
+    BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
+    D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    _consume(
+        q, k, v, dout, lse, delta, dq, results, buffers, barriers, queue, items, lists, lengths,
+        shape, score_tables, mask_tables, into, scale,
+        mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M, TILES_N,
+        D, D_PAD, DV, DV_PAD, STAGES, 0,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _consume_second(
+    q, k, v, dout, lse, delta, dq, results, buffers, barriers, queue, items, lists, lengths, shape,
+    score_tables, mask_tables, into, scale,
+    mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
+    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
+    BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
+    D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    _consume(
+        q, k, v, dout, lse, delta, dq, results, buffers, barriers, queue, items, lists, lengths,
+        shape, score_tables, mask_tables, into, scale,
+        mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M, TILES_N,
+        D, D_PAD, DV, DV_PAD, STAGES, 1,
+    )  # fmt: skip
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "kv_len", "q_limit", "kv_limit", "padded_len", "kv_heads", "group", "blocks",
+        "row_stride_b", "row_stride_h", "order_stride_b", "order_stride_h", "kv_stride_b",
+        "section", "total_heads",
+    ]
+)  # fmt: skip
+def hopper_backward_kernel(
+    q, k, v, dout, lse, delta, dq, dk, dv, counters, score_tables, into, scale,
+    rows, runs, order, q_starts, kv_starts, mask_tables,
+    kv_len, q_limit, kv_limit, padded_len, kv_heads, group, blocks,
+    row_stride_b, row_stride_h, order_stride_b, order_stride_h, kv_stride_b, section, total_heads,
+    mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
+    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
+    BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
+    D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Grid: `(programs,)`, no more than there are tiles, or multiprocessors.
+
+    q, dout: descriptors of `[1, 1, BLOCK_M, padded dim]`. k, v: of `[1, 1, 64, padded dim]`.
+    lse, delta: the row terms, flat, by descriptors of `[BLOCK_M]`. dq: fp32, contiguous, zeros at
+    first, by a descriptor of `[1, 1, BLOCK_M, padded dim / 2]`. dk, dv: (pointer, strides).
+    counters, section, total_heads (of keys): as in `hopper_forward_kernel`. The rest as in
+    `triton_backward.key_kernel`.
+    """
+    DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_M], q.dtype)
+    q_buffers = gl.allocate_shared_memory(q.dtype, [STAGES] + q.block_type.shape, q.layout)
+    dout_buffers = gl.allocate_shared_memory(q.dtype, [STAGES] + dout.block_type.shape, dout.layout)
+    k_buffers = gl.allocate_shared_memory(q.dtype, [GROUPS] + k.block_type.shape, k.layout)
+    v_buffers = gl.allocate_shared_memory(q.dtype, [GROUPS] + v.block_type.shape, v.layout)
+    lse_rows = gl.allocate_shared_memory(gl.float32, [STAGES] + lse.block_type.shape, lse.layout)
+    delta_rows = gl.allocate_shared_memory(gl.float32, [STAGES] + lse.block_type.shape, lse.layout)
+    ds_buffers = gl.allocate_shared_memory(q.dtype, [2 * GROUPS, KEYS, BLOCK_M], DS_LAYOUT)
+    dq_buffers = gl.allocate_shared_memory(gl.float32, [GROUPS] + dq.block_type.shape, dq.layout)
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    dout_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
+    kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
+    words_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    words_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    words = gl.allocate_shared_memory(gl.int32, [2 * WORDS, 1], plain)
+    items = gl.allocate_shared_memory(gl.int32, [STAGES * ITEM_WORDS, 1], plain)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=GROUPS)
+        mbarrier.init(dout_full.index(i), count=1)
+        mbarrier.init(dout_empty.index(i), count=GROUPS)
+    mbarrier.init(kv_full.index(0), count=1)
+    mbarrier.init(kv_empty.index(0), count=GROUPS)
+    for i in gl.static_range(2):
+        mbarrier.init(words_full.index(i), count=1)
+        mbarrier.init(words_empty.index(i), count=GROUPS)
+    # A tuple in a variable would make run-time values of the constants in it.
+    gl.warp_specialize(
+        [
+            (_consume_first, (
+                q, k, v, dout, lse, delta, dq, (dk, dv),
+                (q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers,
+                 dq_buffers),
+                (q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty),
+                (counters, words, words_full, words_empty), items,
+                (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len),
+                (kv_heads, group, blocks, row_stride_b, row_stride_h, order_stride_b,
+                 order_stride_h, kv_stride_b, section, total_heads),
+                score_tables, mask_tables, into, scale,
+                mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
+                TILES_N, D, D_PAD, DV, DV_PAD, STAGES,
+            )),
+            (_consume_second, (
+                q, k, v, dout, lse, delta, dq, (dk, dv),
+                (q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers,
+                 dq_buffers),
+                (q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty),
+                (counters, words, words_full, words_empty), items,
+                (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len),
+                (kv_heads, group, blocks, row_stride_b, row_stride_h, order_stride_b,
+                 order_stride_h, kv_stride_b, section, total_heads),
+                score_tables, mask_tables, into, scale,
+                mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
+                TILES_N, D, D_PAD, DV, DV_PAD, STAGES,
+            )),
+            (_produce, (
+                q, k, v, dout, lse, delta, dq, (dk, dv),
+                (q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers,
+                 dq_buffers),
+                (q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty),
+                (counters, words, words_full, words_empty), items,
+                (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len),
+                (kv_heads, group, blocks, row_stride_b, row_stride_h, order_stride_b,
+                 order_stride_h, kv_stride_b, section, total_heads),
+                score_tables, mask_tables, into, scale,
+                mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
+                TILES_N, D, D_PAD, DV, DV_PAD, STAGES,
+            )),
+        ],
+        [4, 1],
+        [REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
