@@ -92,7 +92,7 @@ def _produce(
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, AHEAD: gl.constexpr, ATOMIC: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
     BLOCK_N: gl.constexpr = GROUPS * KEYS
@@ -188,7 +188,7 @@ def _consume(
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, AHEAD: gl.constexpr, ATOMIC: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of consumers: keys `GROUP * KEYS` and on of each tile."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -207,8 +207,9 @@ def _consume(
     words, words_full, words_empty = queue[1], queue[2], queue[3]
     q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers, dq_buffers = buffers
     q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty = barriers
-    dk_out, dv_out = results
+    dk_out, dv_out, dq_places = results
     kv_len, q_limit, kv_limit = lengths[0], lengths[1], lengths[2]
+    q_len = lengths[4]
     kv_heads, group = shape[0], shape[1]
     k_tile = k_buffers.index(GROUP)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
     v_tile = v_buffers.index(GROUP)._reinterpret(dtype, [KEYS, DV_PAD], V_LAYOUT)
@@ -236,12 +237,24 @@ def _consume(
         dv = gl.zeros([KEYS, DV_PAD], gl.float32, DV_)
         mbarrier.wait(kv_full.index(0), taken & 1)
         if count > 0:
-            slot = done % STAGES
-            mbarrier.wait(q_full.index(slot), done // STAGES & 1)
-            q_tile = q_buffers.index(slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
-            scores = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            if AHEAD:
+                slot = done % STAGES
+                mbarrier.wait(q_full.index(slot), done // STAGES & 1)
+                q_tile = q_buffers.index(slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
+                scores = warpgroup_mma(
+                    k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+                )
+                s = warpgroup_mma_wait(0, deps=(scores,))
+            else:
+                s = zero
             for number in range(done, done + count):
                 slot, turn = number % STAGES, number // STAGES & 1
+                q_tile = q_buffers.index(slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
+                if not AHEAD:
+                    mbarrier.wait(q_full.index(slot), turn)
+                    scores = warpgroup_mma(
+                        k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+                    )
                 mbarrier.wait(dout_full.index(slot), turn)
                 dout_tile = dout_buffers.index(slot)._reinterpret(
                     dtype, [BLOCK_M, DV_PAD], DOUT_LAYOUT
@@ -252,17 +265,18 @@ def _consume(
                 h = read_word(items, slot * ITEM_WORDS + 1)
                 row = read_word(items, slot * ITEM_WORDS + 2)
                 lse_row = lse_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
-                s = warpgroup_mma_wait(1, deps=(scores,))
+                if not AHEAD:
+                    s = warpgroup_mma_wait(1, deps=(scores,))
                 if score_mod is None:
                     p = gl.exp2(s * (scale * LOG2E) - lse_row)
                 else:
-                    s = s * scale
+                    s_raw = s * scale
                     q_start = read_word(items, slot * ITEM_WORDS)
                     q_idx = q_start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S))
                     q_idx = gl.minimum(q_idx, q_limit - 1)[None, :]
                     at_kv = gl.minimum(kv_idx, kv_limit - 1)
                     p = gl.exp2(
-                        score_mod(s, b, h, q_idx, at_kv, score_tables) * LOG2E - lse_row
+                        score_mod(s_raw, b, h, q_idx, at_kv, score_tables) * LOG2E - lse_row
                     )
                 if PARTIAL:
                     if read_word(items, slot * ITEM_WORDS + 3) != 0:
@@ -270,12 +284,12 @@ def _consume(
                             p, b, h, read_word(items, slot * ITEM_WORDS), kv_idx, q_limit,
                             kv_limit, mask_tables, mask_mod, BLOCK_M, S,
                         )  # fmt: skip
-                delta_row = delta_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
                 dp = warpgroup_mma_wait(0, deps=(dp,))
+                delta_row = delta_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
                 ds = p * (dp - delta_row)
                 if score_grad is not None:
                     ds = score_grad(
-                        s, ds, b, h, q_idx, at_kv, score_tables, into, HOW, 1
+                        s_raw, ds, b, h, q_idx, at_kv, score_tables, into, HOW, 1
                     )
                     ds = gl.where(p > 0, ds, 0.0)  # whatever the derivative is where it is hidden
                 ds = ds.to(dtype)
@@ -293,28 +307,41 @@ def _consume(
                 dq_part = warpgroup_mma(
                     ds_buffers.index(parity + 1).permute((1, 0)), k_second, dq_part, is_async=True
                 )
-                q_tile = q_buffers.index(slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
                 adding_dk = warpgroup_mma(
                     gl.convert_layout(ds, FOR_DK), q_tile, dk, is_async=True
                 )
-                # The next scores; after the last tile, its own once more, for nothing.
-                following = gl.minimum(number + 1, done + count - 1)
-                next_slot = following % STAGES
-                mbarrier.wait(q_full.index(next_slot), following // STAGES & 1)
-                next_q = q_buffers.index(next_slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
-                scores = warpgroup_mma(
-                    k_tile, next_q.permute((1, 0)), zero, use_acc=False, is_async=True
-                )
-                dv = warpgroup_mma_wait(4, deps=(adding_dv,))
+                if AHEAD:  # after the last tile, its own once more, for nothing
+                    following = gl.minimum(number + 1, done + count - 1)
+                    next_slot = following % STAGES
+                    mbarrier.wait(q_full.index(next_slot), following // STAGES & 1)
+                    next_q = q_buffers.index(next_slot)._reinterpret(
+                        dtype, [BLOCK_M, D_PAD], Q_LAYOUT
+                    )
+                    scores = warpgroup_mma(
+                        k_tile, next_q.permute((1, 0)), zero, use_acc=False, is_async=True
+                    )
+                dv = warpgroup_mma_wait(3 + AHEAD, deps=(adding_dv,))
                 mbarrier.arrive(dout_empty.index(slot), count=1)
-                dq_part = warpgroup_mma_wait(2, deps=(dq_part,))
-                tma.store_wait(0)
-                dq_staged._reinterpret(gl.float32, [BLOCK_M, HALF], DQ_LAYOUT).store(dq_part * scale)
-                fence_async_shared()
-                tma_add(dq, [b, h, row, GROUP * HALF], dq_staged)
-                dk = warpgroup_mma_wait(1, deps=(adding_dk,))
+                dq_part = warpgroup_mma_wait(1 + AHEAD, deps=(dq_part,))
+                if ATOMIC:
+                    q_rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, DQ))
+                    cols = gl.arange(0, HALF, layout=gl.SliceLayout(0, DQ))
+                    base = dq_places[0] + b.to(gl.int64) * dq_places[1] + h.to(gl.int64) * dq_places[2]
+                    base += row.to(gl.int64) * dq_places[3] + GROUP * HALF
+                    inside = (row + q_rows < q_len)[:, None]
+                    gl.atomic_add(
+                        base + q_rows[:, None] * dq_places[3] + cols[None, :], dq_part * scale,
+                        mask=inside, sem="relaxed",
+                    )
+                else:
+                    tma.store_wait(0)
+                    dq_staged._reinterpret(gl.float32, [BLOCK_M, HALF], DQ_LAYOUT).store(dq_part * scale)
+                    fence_async_shared()
+                    tma_add(dq, [b, h, row, GROUP * HALF], dq_staged)
+                dk = warpgroup_mma_wait(AHEAD, deps=(adding_dk,))
+                if AHEAD:
+                    s = warpgroup_mma_wait(0, deps=(scores,))
                 mbarrier.arrive(q_empty.index(slot), count=1)
-            s = warpgroup_mma_wait(0, deps=(scores,))
             done += count
         mbarrier.arrive(kv_empty.index(0), count=1)
         taken += 1
@@ -349,13 +376,13 @@ def _consume_first(
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, AHEAD: gl.constexpr, ATOMIC: gl.constexpr,
 ):  # fmt: skip
     _consume(
         q, k, v, dout, lse, delta, dq, results, buffers, barriers, queue, items, lists, lengths,
         shape, score_tables, mask_tables, into, scale,
         mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M, TILES_N,
-        D, D_PAD, DV, DV_PAD, STAGES, 0,
+        D, D_PAD, DV, DV_PAD, STAGES, AHEAD, ATOMIC, 0,
     )  # fmt: skip
 
 
@@ -367,33 +394,33 @@ def _consume_second(
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, AHEAD: gl.constexpr, ATOMIC: gl.constexpr,
 ):  # fmt: skip
     _consume(
         q, k, v, dout, lse, delta, dq, results, buffers, barriers, queue, items, lists, lengths,
         shape, score_tables, mask_tables, into, scale,
         mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M, TILES_N,
-        D, D_PAD, DV, DV_PAD, STAGES, 1,
+        D, D_PAD, DV, DV_PAD, STAGES, AHEAD, ATOMIC, 1,
     )  # fmt: skip
 
 
 @gluon.jit(
     do_not_specialize=[
-        "kv_len", "q_limit", "kv_limit", "padded_len", "kv_heads", "group", "blocks",
+        "q_len", "kv_len", "q_limit", "kv_limit", "padded_len", "kv_heads", "group", "blocks",
         "row_stride_b", "row_stride_h", "order_stride_b", "order_stride_h", "kv_stride_b",
         "section", "total_heads",
     ]
 )  # fmt: skip
 def hopper_backward_kernel(
-    q, k, v, dout, lse, delta, dq, dk, dv, counters, score_tables, into, scale,
+    q, k, v, dout, lse, delta, dq, dq_places, dk, dv, counters, score_tables, into, scale,
     rows, runs, order, q_starts, kv_starts, mask_tables,
-    kv_len, q_limit, kv_limit, padded_len, kv_heads, group, blocks,
+    q_len, kv_len, q_limit, kv_limit, padded_len, kv_heads, group, blocks,
     row_stride_b, row_stride_h, order_stride_b, order_stride_h, kv_stride_b, section, total_heads,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, AHEAD: gl.constexpr, ATOMIC: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: `(programs,)`, no more than there are tiles, or multiprocessors.
 
@@ -438,43 +465,43 @@ def hopper_backward_kernel(
     gl.warp_specialize(
         [
             (_consume_first, (
-                q, k, v, dout, lse, delta, dq, (dk, dv),
+                q, k, v, dout, lse, delta, dq, (dk, dv, dq_places),
                 (q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers,
                  dq_buffers),
                 (q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty),
                 (counters, words, words_full, words_empty), items,
-                (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len),
+                (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len, q_len),
                 (kv_heads, group, blocks, row_stride_b, row_stride_h, order_stride_b,
                  order_stride_h, kv_stride_b, section, total_heads),
                 score_tables, mask_tables, into, scale,
                 mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
-                TILES_N, D, D_PAD, DV, DV_PAD, STAGES,
+                TILES_N, D, D_PAD, DV, DV_PAD, STAGES, AHEAD, ATOMIC,
             )),
             (_consume_second, (
-                q, k, v, dout, lse, delta, dq, (dk, dv),
+                q, k, v, dout, lse, delta, dq, (dk, dv, dq_places),
                 (q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers,
                  dq_buffers),
                 (q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty),
                 (counters, words, words_full, words_empty), items,
-                (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len),
+                (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len, q_len),
                 (kv_heads, group, blocks, row_stride_b, row_stride_h, order_stride_b,
                  order_stride_h, kv_stride_b, section, total_heads),
                 score_tables, mask_tables, into, scale,
                 mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
-                TILES_N, D, D_PAD, DV, DV_PAD, STAGES,
+                TILES_N, D, D_PAD, DV, DV_PAD, STAGES, AHEAD, ATOMIC,
             )),
             (_produce, (
-                q, k, v, dout, lse, delta, dq, (dk, dv),
+                q, k, v, dout, lse, delta, dq, (dk, dv, dq_places),
                 (q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers,
                  dq_buffers),
                 (q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty),
                 (counters, words, words_full, words_empty), items,
-                (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len),
+                (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len, q_len),
                 (kv_heads, group, blocks, row_stride_b, row_stride_h, order_stride_b,
                  order_stride_h, kv_stride_b, section, total_heads),
                 score_tables, mask_tables, into, scale,
                 mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
-                TILES_N, D, D_PAD, DV, DV_PAD, STAGES,
+                TILES_N, D, D_PAD, DV, DV_PAD, STAGES, AHEAD, ATOMIC,
             )),
         ],
         [4, 1],

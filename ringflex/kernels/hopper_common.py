@@ -11,6 +11,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ringflex.kernels.hopper_intrinsics import uniform
+
 _ONE = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 _ONE_4 = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 WORDS = gl.constexpr(8)  # of a record
@@ -24,8 +26,8 @@ def write_word(words, index, value):
 
 @gluon.jit
 def read_word(words, index):
-    """That number, by a partition of four warps."""
-    return gl.max(words.index(index).load(_ONE_4), axis=0)
+    """That number, by a partition of four warps; taken from one lane, it is known to be uniform."""
+    return uniform(gl.max(words.index(index).load(_ONE_4), axis=0))
 
 
 @gluon.jit

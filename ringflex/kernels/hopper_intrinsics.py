@@ -50,6 +50,19 @@ def named_barrier_arrive(ID: gl.constexpr, THREADS: gl.constexpr):
     )
 
 
+@gluon.jit
+def uniform(value):
+    """A number that all threads have alike, in a form that the assembler keeps once per warp."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;",
+        "=r,r",
+        [value],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
 @_core.builtin
 def tma_add(tensor_desc, coord, src, _semantic=None):
     """Adds a tile of shared memory to where a descriptor says, asynchronously."""

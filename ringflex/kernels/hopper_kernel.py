@@ -121,6 +121,8 @@ def forward(
 
 PINGPONG = True
 REGISTERS = (240, 24)
+AHEAD = 0
+ATOMIC = 0
 
 
 def has_separate_passes(options: KernelOptions) -> bool:
@@ -182,14 +184,14 @@ def backward(
             (min(total_heads * lists.blocks * tiles_n, _multiprocessors(q.device)), 1, 1),
             (
                 *setup.key_lists(lists), setup.mask_mod.tables,
-                *setup.lengths[1:], terms.delta.shape[2], setup.kv_heads, setup.group,
+                *setup.lengths, terms.delta.shape[2], setup.kv_heads, setup.group,
                 lists.blocks, *setup.row_strides(lists), order_stride_b, order_stride_h,
                 setup.kv_stride, _section(setup, D_PAD + DV_PAD, setup.lengths[0]), total_heads,
             ),
             (
                 setup.mask_mod.function, score_function, score_gradient, ADD.value,
                 setup.has_partial(lists), setup.positions.kv_in_order,
-                block_m, tiles_m, tiles_n, D, D_PAD, DV, DV_PAD, 2, *REGISTERS,
+                block_m, tiles_m, tiles_n, D, D_PAD, DV, DV_PAD, 2, AHEAD, ATOMIC, *REGISTERS,
             ),
             Tile(block_m, _KEYS, 4, 2),
         )  # fmt: skip
@@ -198,7 +200,7 @@ def backward(
     ready(
         _described(q, block_m, D_PAD), _described(k, half, D_PAD), _described(v, half, DV_PAD),
         _described(dout, block_m, DV_PAD), *(_described_rows(x, block_m) for x in terms),
-        _described(dq, block_m, D_PAD // 2), strided(g.dk), strided(g.dv), _counters(q.device),
+        _described(dq, block_m, D_PAD // 2), strided(dq), strided(g.dk), strided(g.dv), _counters(q.device),
         () if mod is None else mod.arguments, gradient_arguments(pairs), scale,
     )  # fmt: skip
     if g.stage is not None:
