@@ -27,6 +27,8 @@ class BlockLists(NamedTuple):
         order: `[groups, blocks]`: rows by falling work, so that the longest start first.
         blocks: rows per group; a group is a batch element and head that the mask distinguishes.
         any_partial: whether there is any partial block.
+        longest: blocks that the longest row visits.
+        visits: blocks that all rows of a group visit together, on average.
     """
 
     rows: Tensor
@@ -34,6 +36,8 @@ class BlockLists(NamedTuple):
     order: Tensor
     blocks: int
     any_partial: bool
+    longest: int
+    visits: int
 
 
 class Positions(NamedTuple):
@@ -97,11 +101,13 @@ def _lists(
     )
     ends = [np.stack([runs.start, runs.end], axis=1) for runs in (partial, full)]
     runs = np.concatenate([*ends, np.zeros((2, 2), dtype=np.int64)])
-    work = (counts[0] + counts[1]).reshape(-1, together, blocks).sum(axis=1)
+    per_row = counts[0] + counts[1]
+    work = per_row.reshape(-1, together, blocks).sum(axis=1)
     order = np.argsort(-work, axis=1, kind="stable")
     return BlockLists(
-        _to(rows, device), _to(runs, device), _to(order, device), blocks, bool(counts[0].any())
-    )
+        _to(rows, device), _to(runs, device), _to(order, device), blocks, bool(counts[0].any()),
+        int(per_row.max(initial=0)), int(per_row.sum()) // max(1, groups),
+    )  # fmt: skip
 
 
 def _blocks_per_row(runs: Runs) -> Array:

@@ -211,12 +211,6 @@ def _consume(
     kv_len, q_limit, kv_limit = lengths[0], lengths[1], lengths[2]
     q_len = lengths[4]
     kv_heads, group = shape[0], shape[1]
-    k_tile = k_buffers.index(GROUP)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
-    v_tile = v_buffers.index(GROUP)._reinterpret(dtype, [KEYS, DV_PAD], V_LAYOUT)
-    k_first = k_buffers.index(0)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
-    k_second = k_buffers.index(1)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
-    k_first = k_first.slice(GROUP * HALF, HALF, dim=1)
-    k_second = k_second.slice(GROUP * HALF, HALF, dim=1)
     dq_staged = dq_buffers.index(GROUP)
     zero = gl.zeros([KEYS, BLOCK_M], gl.float32, S)
     zero_dq = gl.zeros([BLOCK_M, HALF], gl.float32, DQ)
@@ -237,18 +231,16 @@ def _consume(
         dv = gl.zeros([KEYS, DV_PAD], gl.float32, DV_)
         mbarrier.wait(kv_full.index(0), taken & 1)
         if count > 0:
-            if AHEAD:
-                slot = done % STAGES
-                mbarrier.wait(q_full.index(slot), done // STAGES & 1)
-                q_tile = q_buffers.index(slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
-                scores = warpgroup_mma(
-                    k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True
-                )
-                s = warpgroup_mma_wait(0, deps=(scores,))
-            else:
-                s = zero
             for number in range(done, done + count):
                 slot, turn = number % STAGES, number // STAGES & 1
+                # Always 0; unknown to the compiler, which would keep 48 registers of addresses.
+                here = number >> 30
+                k_tile = k_buffers.index(here + GROUP)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
+                v_tile = v_buffers.index(here + GROUP)._reinterpret(dtype, [KEYS, DV_PAD], V_LAYOUT)
+                k_first = k_buffers.index(here)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
+                k_second = k_buffers.index(here + 1)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
+                k_first = k_first.slice(GROUP * HALF, HALF, dim=1)
+                k_second = k_second.slice(GROUP * HALF, HALF, dim=1)
                 q_tile = q_buffers.index(slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
                 if not AHEAD:
                     mbarrier.wait(q_full.index(slot), turn)

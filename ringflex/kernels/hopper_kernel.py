@@ -18,7 +18,7 @@ from triton.experimental.gluon.language import float32 as gl_float32
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ringflex.kernels import triton_kernel
-from ringflex.kernels.block_lists import key_lists, query_lists
+from ringflex.kernels.block_lists import BlockLists, key_lists, query_lists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
 from ringflex.kernels.hopper_backward import hopper_backward_kernel
 from ringflex.kernels.hopper_forward import hopper_forward_kernel
@@ -35,7 +35,6 @@ from ringflex.masks.trace import TracedMod
 __all__ = ["backward", "forward", "has_separate_passes", "row_terms"]
 
 _QUERIES, _KEYS = 128, 128  # of a tile that stays
-_L2 = 32 << 20  # bytes of K/V that stay in the L2 cache (50 MB) beside what passes through
 _COUNTERS = 2048  # launches that may be under way at once
 _GLUON = {torch.float16: gl_float16, torch.bfloat16: gl_bfloat16}
 _DTYPES = _GLUON | {torch.float32: gl_float32}
@@ -100,7 +99,7 @@ def forward(
                 *setup.query_lists(lists, stage), setup.mask_mod.tables,
                 setup.lengths[0], *setup.lengths[2:], setup.heads, setup.group, lists.blocks,
                 *setup.row_strides(lists), setup.kv_stride,
-                _section(setup, D_PAD + DV_PAD, setup.lengths[1]) * setup.group, total_heads,
+                _section(setup, lists, q.device) * setup.group, total_heads,
             ),
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
@@ -186,7 +185,7 @@ def backward(
                 *setup.key_lists(lists), setup.mask_mod.tables,
                 *setup.lengths, terms.delta.shape[2], setup.kv_heads, setup.group,
                 lists.blocks, *setup.row_strides(lists), order_stride_b, order_stride_h,
-                setup.kv_stride, _section(setup, D_PAD + DV_PAD, setup.lengths[0]), total_heads,
+                setup.kv_stride, _section(setup, lists, q.device), total_heads,
             ),
             (
                 setup.mask_mod.function, score_function, score_gradient, ADD.value,
@@ -237,11 +236,18 @@ def _padded(D: int) -> int:
     return max(64, 1 << (D - 1).bit_length())
 
 
-def _section(setup: Setup, width: int, length: int) -> int:
-    """K/V heads whose tiles are interleaved: those whose K/V (or whose group's Q and dout) fit in
-    the L2 cache together."""
-    bytes_per_head = length * width * setup.dtype.itemsize
-    return min(max(1, _L2 // bytes_per_head), setup.batch * setup.kv_heads)
+SECT = 0
+
+
+def _section(setup: Setup, lists: BlockLists, device: torch.device) -> int:
+    """K/V heads whose tiles are interleaved: as few as keep all multiprocessors busy for twice as
+    long as the longest tile takes, so that none is left with one in the end. The fewer heads are
+    worked on, the more of what they read is in the L2 cache."""
+    if SECT:
+        return min(SECT, setup.batch * setup.kv_heads)
+    enough = 2 * lists.longest * _multiprocessors(device)
+    together = -(-enough // max(1, lists.visits * setup.group))
+    return min(max(1, together), setup.batch * setup.kv_heads)
 
 
 def _is_describable(x: Tensor) -> bool:
