@@ -27,8 +27,8 @@ class BlockLists(NamedTuple):
         order: `[groups, blocks]`: rows by falling work, so that the longest start first.
         blocks: rows per group; a group is a batch element and head that the mask distinguishes.
         any_partial: whether there is any partial block.
-        longest: blocks that the longest row visits.
-        visits: blocks that all rows of a group visit together, on average.
+        work: blocks that rows visit, by their place in `order`: float `[blocks]`, the mean of all
+            groups.
     """
 
     rows: Tensor
@@ -36,8 +36,7 @@ class BlockLists(NamedTuple):
     order: Tensor
     blocks: int
     any_partial: bool
-    longest: int
-    visits: int
+    work: Array
 
 
 class Positions(NamedTuple):
@@ -61,16 +60,21 @@ def query_lists(mask: BlockMask, device: torch.device) -> BlockLists:
     return mask.cache[key]
 
 
-def key_lists(mask: BlockMask, groups: int, device: torch.device) -> BlockLists:
+def key_lists(
+    mask: BlockMask, groups: int, device: torch.device, *, descending: bool = False
+) -> BlockLists:
     """For each K/V block, the query blocks that see it. Kept on the mask.
 
     Args:
+        descending: from the last query block to the first: runs count blocks from the end.
         groups: query heads per K/V head; where the mask distinguishes heads, a K/V block's place
             in the order follows from the work of all heads of its group.
     """
-    key = ("key lists", groups if mask.H > 1 else 1, device)
+    key = ("key lists", groups if mask.H > 1 else 1, device, descending)
     if key not in mask.cache:
         full, partial = mask.transpose()
+        if descending:
+            full, partial = (_from_the_end(runs, mask.q_blocks) for runs in (full, partial))
         together = groups if mask.H > 1 else 1
         mask.cache[key] = _lists(full, partial, mask.B * mask.H, device, together)
     return mask.cache[key]
@@ -106,8 +110,14 @@ def _lists(
     order = np.argsort(-work, axis=1, kind="stable")
     return BlockLists(
         _to(rows, device), _to(runs, device), _to(order, device), blocks, bool(counts[0].any()),
-        int(per_row.max(initial=0)), int(per_row.sum()) // max(1, groups),
+        np.take_along_axis(work, order, axis=1).mean(axis=0) / together,
     )  # fmt: skip
+
+
+def _from_the_end(runs: Runs, columns: int) -> Runs:
+    """The same blocks, numbered backwards."""
+    order = np.lexsort((-runs.start, runs.row))
+    return Runs(runs.indptr, columns - runs.end[order], columns - runs.start[order])
 
 
 def _blocks_per_row(runs: Runs) -> Array:

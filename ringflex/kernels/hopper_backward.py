@@ -47,7 +47,7 @@ ITEM_WORDS = gl.constexpr(4)  # of a tile of queries: position, head, start, whe
 @gluon.jit
 def _load_list(
     loaded, q, dout, lse, delta, buffers, barriers, items, b, h, head, run, tiles, runs, q_starts,
-    padded_len,
+    padded_len, last,
     MASKED: gl.constexpr, BLOCK_M: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Loads the queries of one list, and what belongs to them."""
@@ -56,9 +56,10 @@ def _load_list(
     tile, end, run, next_tile, next_end = first_tile(runs, run, TILES)
     for _ in range(tiles):
         slot, turn = loaded % STAGES, loaded // STAGES & 1
-        row = tile * BLOCK_M
+        at = last - tile
+        row = at * BLOCK_M
         mbarrier.wait(q_empty.index(slot), turn ^ 1)
-        write_word(items, slot * ITEM_WORDS, position_of(q_starts, tile, BLOCK_M, TILES, False))
+        write_word(items, slot * ITEM_WORDS, position_of(q_starts, at, BLOCK_M, TILES, False))
         write_word(items, slot * ITEM_WORDS + 1, h)
         write_word(items, slot * ITEM_WORDS + 2, row)
         write_word(items, slot * ITEM_WORDS + 3, 1 if MASKED else 0)
@@ -101,17 +102,17 @@ def _produce(
     kv_full, kv_empty = barriers[4], barriers[5]
     rows, runs, order, q_starts, kv_starts = lists
     padded_len = lengths[3]
+    last = padded_len // BLOCK_M - 1
     kv_heads, group, blocks, row_stride_b, row_stride_h = shape[0], shape[1], shape[2], shape[3], shape[4]
     order_stride_b, order_stride_h, kv_stride_b = shape[5], shape[6], shape[7]
-    section, total_heads = shape[8], shape[9]
-    per_head = blocks * TILES_N
-    total = total_heads * per_head
+    together, total_heads, leading = shape[8], shape[9], shape[10]
+    total = total_heads * blocks * TILES_N
     work = gl.program_id(0)
     loaded = gl.to_tensor(0)
     given = gl.to_tensor(0)
     while work < total:
         upcoming = take(counters)
-        kv_head_of_all, place = head_and_place(work, section, total_heads, per_head)
+        kv_head_of_all, place = head_and_place(work, together, total_heads, leading)
         b, kv_head = kv_head_of_all // kv_heads, kv_head_of_all % kv_heads
         block = gl.load(order + b * order_stride_b + kv_head * order_stride_h + place // TILES_N)
         within = place % TILES_N * BLOCK_N
@@ -148,12 +149,12 @@ def _produce(
             if PARTIAL:
                 loaded = _load_list(
                     loaded, q, dout, lse, delta, buffers, barriers, items, b, h, head,
-                    gl.load(of_head), gl.load(of_head + 1) * TILES_M, runs, q_starts, padded_len,
+                    gl.load(of_head), gl.load(of_head + 1) * TILES_M, runs, q_starts, padded_len, last,
                     True, BLOCK_M, TILES_M, STAGES,
                 )  # fmt: skip
             loaded = _load_list(
                 loaded, q, dout, lse, delta, buffers, barriers, items, b, h, head,
-                gl.load(of_head + 2), gl.load(of_head + 3) * TILES_M, runs, q_starts, padded_len,
+                gl.load(of_head + 2), gl.load(of_head + 3) * TILES_M, runs, q_starts, padded_len, last,
                 False, BLOCK_M, TILES_M, STAGES,
             )  # fmt: skip
         work = upcoming
@@ -231,6 +232,15 @@ def _consume(
         dv = gl.zeros([KEYS, DV_PAD], gl.float32, DV_)
         mbarrier.wait(kv_full.index(0), taken & 1)
         if count > 0:
+            if AHEAD:
+                slot = done % STAGES
+                mbarrier.wait(q_full.index(slot), done // STAGES & 1)
+                q_tile = q_buffers.index(slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
+                k_tile = k_buffers.index(GROUP)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
+                scores = warpgroup_mma(
+                    k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+                )
+                s = warpgroup_mma_wait(0, deps=(scores,))
             for number in range(done, done + count):
                 slot, turn = number % STAGES, number // STAGES & 1
                 # Always 0; unknown to the compiler, which would keep 48 registers of addresses.
@@ -302,19 +312,9 @@ def _consume(
                 adding_dk = warpgroup_mma(
                     gl.convert_layout(ds, FOR_DK), q_tile, dk, is_async=True
                 )
-                if AHEAD:  # after the last tile, its own once more, for nothing
-                    following = gl.minimum(number + 1, done + count - 1)
-                    next_slot = following % STAGES
-                    mbarrier.wait(q_full.index(next_slot), following // STAGES & 1)
-                    next_q = q_buffers.index(next_slot)._reinterpret(
-                        dtype, [BLOCK_M, D_PAD], Q_LAYOUT
-                    )
-                    scores = warpgroup_mma(
-                        k_tile, next_q.permute((1, 0)), zero, use_acc=False, is_async=True
-                    )
-                dv = warpgroup_mma_wait(3 + AHEAD, deps=(adding_dv,))
+                dv = warpgroup_mma_wait(3, deps=(adding_dv,))
                 mbarrier.arrive(dout_empty.index(slot), count=1)
-                dq_part = warpgroup_mma_wait(1 + AHEAD, deps=(dq_part,))
+                dq_part = warpgroup_mma_wait(1, deps=(dq_part,))
                 if ATOMIC:
                     q_rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, DQ))
                     cols = gl.arange(0, HALF, layout=gl.SliceLayout(0, DQ))
@@ -330,6 +330,16 @@ def _consume(
                     dq_staged._reinterpret(gl.float32, [BLOCK_M, HALF], DQ_LAYOUT).store(dq_part * scale)
                     fence_async_shared()
                     tma_add(dq, [b, h, row, GROUP * HALF], dq_staged)
+                if AHEAD:  # after the last tile, its own once more, for nothing
+                    following = gl.minimum(number + 1, done + count - 1)
+                    next_slot = following % STAGES
+                    mbarrier.wait(q_full.index(next_slot), following // STAGES & 1)
+                    next_q = q_buffers.index(next_slot)._reinterpret(
+                        dtype, [BLOCK_M, D_PAD], Q_LAYOUT
+                    )
+                    scores = warpgroup_mma(
+                        k_tile, next_q.permute((1, 0)), zero, use_acc=False, is_async=True
+                    )
                 dk = warpgroup_mma_wait(AHEAD, deps=(adding_dk,))
                 if AHEAD:
                     s = warpgroup_mma_wait(0, deps=(scores,))
@@ -400,14 +410,14 @@ def _consume_second(
     do_not_specialize=[
         "q_len", "kv_len", "q_limit", "kv_limit", "padded_len", "kv_heads", "group", "blocks",
         "row_stride_b", "row_stride_h", "order_stride_b", "order_stride_h", "kv_stride_b",
-        "section", "total_heads",
+        "together", "total_heads", "leading",
     ]
 )  # fmt: skip
 def hopper_backward_kernel(
     q, k, v, dout, lse, delta, dq, dq_places, dk, dv, counters, score_tables, into, scale,
     rows, runs, order, q_starts, kv_starts, mask_tables,
     q_len, kv_len, q_limit, kv_limit, padded_len, kv_heads, group, blocks,
-    row_stride_b, row_stride_h, order_stride_b, order_stride_h, kv_stride_b, section, total_heads,
+    row_stride_b, row_stride_h, order_stride_b, order_stride_h, kv_stride_b, together, total_heads, leading,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
@@ -419,7 +429,7 @@ def hopper_backward_kernel(
     q, dout: descriptors of `[1, 1, BLOCK_M, padded dim]`. k, v: of `[1, 1, 64, padded dim]`.
     lse, delta: the row terms, flat, by descriptors of `[BLOCK_M]`. dq: fp32, contiguous, zeros at
     first, by a descriptor of `[1, 1, BLOCK_M, padded dim / 2]`. dk, dv: (pointer, strides).
-    counters, section, total_heads (of keys): as in `hopper_forward_kernel`. The rest as in
+    counters, together, total_heads (of keys), leading: as in `hopper_forward_kernel`. The rest as in
     `triton_backward.key_kernel`.
     """
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_M], q.dtype)
@@ -464,7 +474,7 @@ def hopper_backward_kernel(
                 (counters, words, words_full, words_empty), items,
                 (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len, q_len),
                 (kv_heads, group, blocks, row_stride_b, row_stride_h, order_stride_b,
-                 order_stride_h, kv_stride_b, section, total_heads),
+                 order_stride_h, kv_stride_b, together, total_heads, leading),
                 score_tables, mask_tables, into, scale,
                 mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
                 TILES_N, D, D_PAD, DV, DV_PAD, STAGES, AHEAD, ATOMIC,
@@ -477,7 +487,7 @@ def hopper_backward_kernel(
                 (counters, words, words_full, words_empty), items,
                 (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len, q_len),
                 (kv_heads, group, blocks, row_stride_b, row_stride_h, order_stride_b,
-                 order_stride_h, kv_stride_b, section, total_heads),
+                 order_stride_h, kv_stride_b, together, total_heads, leading),
                 score_tables, mask_tables, into, scale,
                 mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
                 TILES_N, D, D_PAD, DV, DV_PAD, STAGES, AHEAD, ATOMIC,
@@ -490,7 +500,7 @@ def hopper_backward_kernel(
                 (counters, words, words_full, words_empty), items,
                 (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len, q_len),
                 (kv_heads, group, blocks, row_stride_b, row_stride_h, order_stride_b,
-                 order_stride_h, kv_stride_b, section, total_heads),
+                 order_stride_h, kv_stride_b, together, total_heads, leading),
                 score_tables, mask_tables, into, scale,
                 mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
                 TILES_N, D, D_PAD, DV, DV_PAD, STAGES, AHEAD, ATOMIC,

@@ -45,16 +45,24 @@ def leave(counters):
 
 
 @gluon.jit
-def head_and_place(work, section, total_heads, per_head):
-    """Which head and which place in its order a number stands for.
+def head_and_place(work, together, total_heads, leading):
+    """Which head and which place in its order, longest first, a number stands for.
 
-    Heads go together by sections, whose K/V stays in the L2 cache; within a section the longest
-    tiles of all heads come first.
+    The `leading` places of each head come first, some heads `together`, as what these read is
+    then in the L2 cache; and in the end the places that remain, shorter ones, of all heads: with
+    them all programs can end at about the same time.
     """
-    first = work // (section * per_head) * section
-    together = gl.minimum(section, total_heads - first)
-    rest = work - first * per_head
-    return first + rest % together, rest // together
+    rest = work - total_heads * leading
+    if rest < 0:
+        first = work // (together * leading) * together
+        rest = work - first * leading
+        together = gl.minimum(together, total_heads - first)
+        head = first + rest % together
+        place = rest // together
+    else:
+        head = rest % total_heads
+        place = leading + rest // total_heads
+    return head, place
 
 
 @gluon.jit

@@ -105,9 +105,8 @@ def _produce(
     q_buffers, k_buffers, v_buffers = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     rows, runs, order, turns, q_starts, kv_starts = lists
-    heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, section, total_heads = shape
-    per_head = blocks * TILES_M
-    total = total_heads * per_head
+    heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together, total_heads, leading = shape
+    total = total_heads * blocks * TILES_M
     work = gl.program_id(0)
     loaded = gl.to_tensor(0)
     given = gl.to_tensor(0)
@@ -115,7 +114,7 @@ def _produce(
     previous = gl.to_tensor(0)
     while work < total:
         upcoming = take(counters)
-        head, place = head_and_place(work, section, total_heads, per_head)
+        head, place = head_and_place(work, together, total_heads, leading)
         b, h = head // heads, head % heads
         first_row = b * row_stride_b + h * row_stride_h
         block = gl.load(order + first_row + place // TILES_M)
@@ -290,7 +289,7 @@ def _consume(
     q_buffers, k_buffers, v_buffers = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     q_len, q_limit, kv_limit = lengths
-    heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, section, total_heads = shape
+    heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together, total_heads, leading = shape
     q_tile = q_buffers.index(GROUP)._reinterpret(dtype, [ROWS, D_PAD], Q_LAYOUT)
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
     taken = gl.to_tensor(0)
@@ -480,14 +479,14 @@ def _consume_second(
 @gluon.jit(
     do_not_specialize=[
         "q_len", "q_limit", "kv_limit", "heads", "group", "blocks",
-        "row_stride_b", "row_stride_h", "kv_stride_b", "section", "total_heads",
+        "row_stride_b", "row_stride_h", "kv_stride_b", "together", "total_heads", "leading",
     ]
 )  # fmt: skip
 def hopper_forward_kernel(
     q, k, v, out, lse, before_out, before_lse, first_lse, counters, score_tables, scale,
     rows, runs, order, turns, q_starts, kv_starts, mask_tables,
     q_len, q_limit, kv_limit, heads, group, blocks,
-    row_stride_b, row_stride_h, kv_stride_b, section, total_heads,
+    row_stride_b, row_stride_h, kv_stride_b, together, total_heads, leading,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
     STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
@@ -498,8 +497,7 @@ def hopper_forward_kernel(
     """Grid: `(programs,)`, no more than there are tiles, or multiprocessors.
 
     q, k, v: descriptors of `[1, 1, 64 or BLOCK_N, padded dim]`. counters: int32 `[2]`, zeros
-    before and after. section: query heads whose tiles are interleaved, a multiple of `group` or
-    all; total_heads: of all batch elements. The rest as in `triton_forward.forward_kernel`.
+    before and after. together, total_heads, leading: see `head_and_place`. The rest as in `triton_forward.forward_kernel`.
     """
     q_buffers = gl.allocate_shared_memory(q.dtype, [GROUPS] + q.block_type.shape, q.layout)
     k_buffers = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
@@ -536,8 +534,8 @@ def hopper_forward_kernel(
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty),
                 (counters, words, words_full, words_empty), positions,
                 (rows, runs, order, turns, q_starts, kv_starts), (q_len, q_limit, kv_limit),
-                (heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, section,
-                 total_heads),
+                (heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together,
+                 total_heads, leading),
                 score_tables, mask_tables, scale,
                 mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
                 MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, PINGPONG,
@@ -548,8 +546,8 @@ def hopper_forward_kernel(
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty),
                 (counters, words, words_full, words_empty), positions,
                 (rows, runs, order, turns, q_starts, kv_starts), (q_len, q_limit, kv_limit),
-                (heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, section,
-                 total_heads),
+                (heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together,
+                 total_heads, leading),
                 score_tables, mask_tables, scale,
                 mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
                 MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, PINGPONG,
@@ -560,8 +558,8 @@ def hopper_forward_kernel(
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty),
                 (counters, words, words_full, words_empty), positions,
                 (rows, runs, order, turns, q_starts, kv_starts), (q_len, q_limit, kv_limit),
-                (heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, section,
-                 total_heads),
+                (heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together,
+                 total_heads, leading),
                 score_tables, mask_tables, scale,
                 mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
                 MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, PINGPONG,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
@@ -56,7 +57,7 @@ def forward(
 ) -> None:
     """See `contract`."""
     setup = Setup.of(q, k, v, mask, options)
-    block_n = 64 if max(setup.dims) > 128 else 128
+    block_n = BN64 if max(setup.dims) <= 64 else 64 if max(setup.dims) > 128 else 128
     served = serves_forward(setup) and not alignment(q, k, v)
     if not served:
         triton_kernel.forward(
@@ -91,15 +92,15 @@ def forward(
         lists = query_lists(mask, q.device)
         tiles_m, tiles_n = mask.block_size[0] // _QUERIES, mask.block_size[1] // block_n
         total_heads = setup.batch * setup.heads
-        stages = 4 if max(D_PAD, DV_PAD) == 64 else 2
+        stages = ST64 if max(D_PAD, DV_PAD) == 64 else 2
         ready = Prepared(
             hopper_forward_kernel,
-            (min(total_heads * lists.blocks * tiles_m, _multiprocessors(q.device)), 1, 1),
+            (min(total_heads * lists.blocks * tiles_m, (2 if MAXR else 1)*_multiprocessors(q.device)), 1, 1),
             (
                 *setup.query_lists(lists, stage), setup.mask_mod.tables,
                 setup.lengths[0], *setup.lengths[2:], setup.heads, setup.group, lists.blocks,
                 *setup.row_strides(lists), setup.kv_stride,
-                _section(setup, lists, q.device) * setup.group, total_heads,
+                setup.group, total_heads, _leading(lists, tiles_m, total_heads, q.device),
             ),
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
@@ -121,6 +122,9 @@ def forward(
 PINGPONG = True
 REGISTERS = (240, 24)
 AHEAD = 0
+BN64 = 128
+MAXR = None
+ST64 = 4
 ATOMIC = 0
 
 
@@ -169,7 +173,7 @@ def backward(
     block_m = 128 if max(D_PAD, DV_PAD) == 64 else 64
     ready = setup.prepared.get(key)
     if ready is None:
-        lists = key_lists(mask, setup.group, q.device)
+        lists = key_lists(mask, setup.group, q.device, descending=True)
         apart = mask.H > 1
         order_stride_h = lists.blocks if apart else 0
         order_stride_b = lists.blocks * (setup.kv_heads if apart else 1) if mask.B > 1 else 0
@@ -185,7 +189,8 @@ def backward(
                 *setup.key_lists(lists), setup.mask_mod.tables,
                 *setup.lengths, terms.delta.shape[2], setup.kv_heads, setup.group,
                 lists.blocks, *setup.row_strides(lists), order_stride_b, order_stride_h,
-                setup.kv_stride, _section(setup, lists, q.device), total_heads,
+                setup.kv_stride, 1, total_heads,
+                _leading(lists, tiles_n, total_heads, q.device),
             ),
             (
                 setup.mask_mod.function, score_function, score_gradient, ADD.value,
@@ -236,18 +241,16 @@ def _padded(D: int) -> int:
     return max(64, 1 << (D - 1).bit_length())
 
 
-SECT = 0
+def _leading(lists: BlockLists, tiles: int, heads: int, device: torch.device) -> int:
+    """How many of a head's tiles come head by head; see `hopper_common.head_and_place`. Those that
+    remain for the end are as much work as the longest tile is for all multiprocessors.
 
-
-def _section(setup: Setup, lists: BlockLists, device: torch.device) -> int:
-    """K/V heads whose tiles are interleaved: as few as keep all multiprocessors busy for twice as
-    long as the longest tile takes, so that none is left with one in the end. The fewer heads are
-    worked on, the more of what they read is in the L2 cache."""
-    if SECT:
-        return min(SECT, setup.batch * setup.kv_heads)
-    enough = 2 * lists.longest * _multiprocessors(device)
-    together = -(-enough // max(1, lists.visits * setup.group))
-    return min(max(1, together), setup.batch * setup.kv_heads)
+    Args:
+        tiles: per block. heads: in all.
+    """
+    remaining = np.cumsum(lists.work[::-1])[::-1] * tiles * heads
+    enough = remaining >= lists.work.max(initial=0) * _multiprocessors(device)
+    return int(np.count_nonzero(enough)) * tiles
 
 
 def _is_describable(x: Tensor) -> bool:
