@@ -5,7 +5,7 @@ A kernel is a module with
     forward(q, k, v, mask, score, scale, before, after, options, stage, running)
     row_terms(dout, out, lse, dlse, mask, options) -> terms
     backward(dout, q, k, v, terms, mask, score, scale, gradients, options)
-    has_separate_passes(options) -> bool
+    has_separate_passes(q, v, options) -> bool
 
 - `q [B, Hq, q_len, D]`, `k [B, Hkv, kv_len, D]`, `v [B, Hkv, kv_len, Dv]`: one dtype, any strides.
 - `mask`: the BlockMask over `q_len` x `kv_len`; `score`: the traced score mod, or None; `scale`.
@@ -59,7 +59,8 @@ class Gradients:
             of another, which are written once. dq, or dk and dv, may be None: not wanted.
         dcaptures: accumulators shaped like the score mod's captured tensors, fp32 or fp64; None
             where no gradient is wanted. They are added to by the call that computes dq.
-        stage, running_q: as in `forward`, for dq; running_q is in the compute dtype.
+        stage, running_q: as in `forward`, for dq; running_q is in the compute dtype. running_q
+            without a stage, of a kernel without separate passes: dQ is added to it, and dq left.
     """
 
     dq: Tensor | None
@@ -87,8 +88,8 @@ class KernelOptions:
         deterministic: the same bits on every run, also of the gradients of captured tensors.
             Default: `torch.are_deterministic_algorithms_enabled()`. Without it, the Triton kernel
             adds those gradients (and dQ, in the one-pass form) in whatever order comes.
-        backward: "auto", "two_pass" (dK/dV and dQ by a kernel each) or "one_pass" (dQ added
-            atomically beside dK/dV). Triton only.
+        backward: "two_pass" (dK/dV and dQ by a kernel each), "one_pass" (dQ added atomically
+            beside dK/dV), or "auto": one pass by the Hopper kernel, else two. Triton only.
         approximate_tanh: tanh in a score mod by NVIDIA's instruction, relative error 2^-11 (5e-4);
             elsewhere it has no effect. Triton only.
         tune: measure which tiles are fastest, and keep the findings on disk. Triton only.

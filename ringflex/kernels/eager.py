@@ -123,7 +123,7 @@ def row_terms(
     return RowTerms(lse, delta)
 
 
-def has_separate_passes(options: KernelOptions) -> bool:
+def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions) -> bool:
     """See `contract`."""
     return False
 

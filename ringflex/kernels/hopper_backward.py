@@ -41,44 +41,47 @@ from ringflex.kernels.triton_common import (
 
 KEYS = gl.constexpr(64)  # per warpgroup
 GROUPS = gl.constexpr(2)
-ITEM_WORDS = gl.constexpr(4)  # of a tile of queries: position, head, start, whether the mask is asked
+ITEM_WORDS = gl.constexpr(4)  # of a tile of queries: position, head, start, whether it is masked
 
 
 @gluon.jit
 def _load_list(
-    loaded, q, dout, lse, delta, buffers, barriers, items, b, h, head, run, tiles, runs, q_starts,
-    padded_len, last,
+    loaded, q, dout, lse, delta, buffers, barriers, items, b, heads, first_head, members, run,
+    tiles, runs, q_starts, padded_len, last,
     MASKED: gl.constexpr, BLOCK_M: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Loads the queries of one list, and what belongs to them."""
+    """Loads the queries of one list, of some heads, and what belongs to them."""
     q_buffers, dout_buffers, lse_rows, delta_rows = buffers[0], buffers[1], buffers[4], buffers[5]
     q_full, q_empty, dout_full, dout_empty = barriers[0], barriers[1], barriers[2], barriers[3]
     tile, end, run, next_tile, next_end = first_tile(runs, run, TILES)
     for _ in range(tiles):
-        slot, turn = loaded % STAGES, loaded // STAGES & 1
         at = last - tile
         row = at * BLOCK_M
-        mbarrier.wait(q_empty.index(slot), turn ^ 1)
-        write_word(items, slot * ITEM_WORDS, position_of(q_starts, at, BLOCK_M, TILES, False))
-        write_word(items, slot * ITEM_WORDS + 1, h)
-        write_word(items, slot * ITEM_WORDS + 2, row)
-        write_word(items, slot * ITEM_WORDS + 3, 1 if MASKED else 0)
-        mbarrier.expect(q_full.index(slot), q.block_type.nbytes + lse.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            lse, [head * padded_len + row], q_full.index(slot), lse_rows.index(slot)
-        )
-        tma.async_copy_global_to_shared(
-            q, [b, h, row, 0], q_full.index(slot), q_buffers.index(slot)
-        )
-        mbarrier.wait(dout_empty.index(slot), turn ^ 1)
-        mbarrier.expect(dout_full.index(slot), dout.block_type.nbytes + delta.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            delta, [head * padded_len + row], dout_full.index(slot), delta_rows.index(slot)
-        )
-        tma.async_copy_global_to_shared(
-            dout, [b, h, row, 0], dout_full.index(slot), dout_buffers.index(slot)
-        )
-        loaded += 1
+        position = position_of(q_starts, at, BLOCK_M, TILES, False)
+        for h in range(first_head, first_head + members):
+            of_head = (b * heads + h) * padded_len + row
+            slot, turn = loaded % STAGES, loaded // STAGES & 1
+            mbarrier.wait(q_empty.index(slot), turn ^ 1)
+            write_word(items, slot * ITEM_WORDS, position)
+            write_word(items, slot * ITEM_WORDS + 1, h)
+            write_word(items, slot * ITEM_WORDS + 2, row)
+            write_word(items, slot * ITEM_WORDS + 3, 1 if MASKED else 0)
+            mbarrier.expect(q_full.index(slot), q.block_type.nbytes + lse.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                lse, [of_head], q_full.index(slot), lse_rows.index(slot)
+            )
+            tma.async_copy_global_to_shared(
+                q, [b, h, row, 0], q_full.index(slot), q_buffers.index(slot)
+            )
+            mbarrier.wait(dout_empty.index(slot), turn ^ 1)
+            mbarrier.expect(dout_full.index(slot), dout.block_type.nbytes + delta.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                delta, [of_head], dout_full.index(slot), delta_rows.index(slot)
+            )
+            tma.async_copy_global_to_shared(
+                dout, [b, h, row, 0], dout_full.index(slot), dout_buffers.index(slot)
+            )
+            loaded += 1
         tile, end, run, next_tile, next_end = following_tile(
             runs, tile, end, run, next_tile, next_end, TILES
         )
@@ -87,26 +90,27 @@ def _load_list(
 
 @gluon.jit
 def _produce(
-    q, k, v, dout, lse, delta, dq, results, buffers, barriers, queue, items, lists, lengths, shape,
-    score_tables, mask_tables, into, scale,
+    q, k, v, dout, lse, delta, dq, results, shared, lists, lengths, shape, score_tables,
+    mask_tables, into, scale,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
-    STAGES: gl.constexpr, AHEAD: gl.constexpr, ATOMIC: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
     BLOCK_N: gl.constexpr = GROUPS * KEYS
+    buffers, barriers, queue, items = shared
     counters, words, words_full, words_empty = queue
     k_buffers, v_buffers = buffers[2], buffers[3]
     kv_full, kv_empty = barriers[4], barriers[5]
     rows, runs, order, q_starts, kv_starts = lists
     padded_len = lengths[3]
     last = padded_len // BLOCK_M - 1
-    kv_heads, group, blocks, row_stride_b, row_stride_h = shape[0], shape[1], shape[2], shape[3], shape[4]
-    order_stride_b, order_stride_h, kv_stride_b = shape[5], shape[6], shape[7]
-    together, total_heads, leading = shape[8], shape[9], shape[10]
+    kv_heads, group, blocks, row_stride_b, row_stride_h = shape[:5]
+    order_stride_b, order_stride_h, kv_stride_b, together, total_heads, leading = shape[5:]
     total = total_heads * blocks * TILES_N
+    members = 1 if row_stride_h > 0 else group
     work = gl.program_id(0)
     loaded = gl.to_tensor(0)
     given = gl.to_tensor(0)
@@ -142,19 +146,21 @@ def _produce(
                 v, [b, kv_head, start + c * KEYS, 0], kv_full.index(0), v_buffers.index(c)
             )
         given += 1
-        for member in range(group):
-            h = kv_head * group + member
-            head = b * kv_heads * group + h
-            of_head = listed + 4 * member * row_stride_h
+        # Heads that see the same follow one another tile by tile: programs that began together
+        # stay together, and the queries are in the L2 cache.
+        for first in range(0, group, members):
+            of_heads = listed + 4 * first * row_stride_h
             if PARTIAL:
                 loaded = _load_list(
-                    loaded, q, dout, lse, delta, buffers, barriers, items, b, h, head,
-                    gl.load(of_head), gl.load(of_head + 1) * TILES_M, runs, q_starts, padded_len, last,
+                    loaded, q, dout, lse, delta, buffers, barriers, items, b, kv_heads * group,
+                    kv_head * group + first, members, gl.load(of_heads),
+                    gl.load(of_heads + 1) * TILES_M, runs, q_starts, padded_len, last,
                     True, BLOCK_M, TILES_M, STAGES,
                 )  # fmt: skip
             loaded = _load_list(
-                loaded, q, dout, lse, delta, buffers, barriers, items, b, h, head,
-                gl.load(of_head + 2), gl.load(of_head + 3) * TILES_M, runs, q_starts, padded_len, last,
+                loaded, q, dout, lse, delta, buffers, barriers, items, b, kv_heads * group,
+                kv_head * group + first, members, gl.load(of_heads + 2),
+                gl.load(of_heads + 3) * TILES_M, runs, q_starts, padded_len, last,
                 False, BLOCK_M, TILES_M, STAGES,
             )  # fmt: skip
         work = upcoming
@@ -183,13 +189,13 @@ def _hidden(
 
 @gluon.jit
 def _consume(
-    q, k, v, dout, lse, delta, dq, results, buffers, barriers, queue, items, lists, lengths, shape,
-    score_tables, mask_tables, into, scale,
+    q, k, v, dout, lse, delta, dq, results, shared, lists, lengths, shape, score_tables,
+    mask_tables, into, scale,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
-    STAGES: gl.constexpr, AHEAD: gl.constexpr, ATOMIC: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of consumers: keys `GROUP * KEYS` and on of each tile."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -205,13 +211,14 @@ def _consume(
     K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D_PAD], dtype)
     V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, DV_PAD], dtype)
     DQ_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HALF], gl.float32)
+    buffers, barriers, queue, items = shared
     words, words_full, words_empty = queue[1], queue[2], queue[3]
-    q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers, dq_buffers = buffers
+    q_buffers, dout_buffers, k_buffers, v_buffers = buffers[:4]
+    lse_rows, delta_rows, ds_buffers, dq_buffers = buffers[4:]
     q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty = barriers
-    dk_out, dv_out, dq_places = results
-    kv_len, q_limit, kv_limit = lengths[0], lengths[1], lengths[2]
-    q_len = lengths[4]
-    kv_heads, group = shape[0], shape[1]
+    dk_out, dv_out = results
+    kv_len, q_limit, kv_limit = lengths[:3]
+    kv_heads = shape[0]
     dq_staged = dq_buffers.index(GROUP)
     zero = gl.zeros([KEYS, BLOCK_M], gl.float32, S)
     zero_dq = gl.zeros([BLOCK_M, HALF], gl.float32, DQ)
@@ -225,22 +232,20 @@ def _consume(
         start = read_word(words, slot * WORDS + 2) + GROUP * KEYS
         kv_start = read_word(words, slot * WORDS + 3) + GROUP * KEYS
         mbarrier.arrive(words_empty.index(slot), count=1)
-        b = kv_head_of_all // kv_heads
-        kv_head = kv_head_of_all % kv_heads
+        b, kv_head = kv_head_of_all // kv_heads, kv_head_of_all % kv_heads
         kv_idx = (kv_start + gl.arange(0, KEYS, layout=gl.SliceLayout(1, S)))[:, None]
         dk = gl.zeros([KEYS, D_PAD], gl.float32, DK)
         dv = gl.zeros([KEYS, DV_PAD], gl.float32, DV_)
         mbarrier.wait(kv_full.index(0), taken & 1)
         if count > 0:
-            if AHEAD:
-                slot = done % STAGES
-                mbarrier.wait(q_full.index(slot), done // STAGES & 1)
-                q_tile = q_buffers.index(slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
-                k_tile = k_buffers.index(GROUP)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
-                scores = warpgroup_mma(
-                    k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True
-                )
-                s = warpgroup_mma_wait(0, deps=(scores,))
+            slot = done % STAGES
+            mbarrier.wait(q_full.index(slot), done // STAGES & 1)
+            q_tile = q_buffers.index(slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
+            k_tile = k_buffers.index(GROUP)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
+            scores = warpgroup_mma(
+                k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+            )
+            s = warpgroup_mma_wait(0, deps=(scores,))
             for number in range(done, done + count):
                 slot, turn = number % STAGES, number // STAGES & 1
                 # Always 0; unknown to the compiler, which would keep 48 registers of addresses.
@@ -252,11 +257,6 @@ def _consume(
                 k_first = k_first.slice(GROUP * HALF, HALF, dim=1)
                 k_second = k_second.slice(GROUP * HALF, HALF, dim=1)
                 q_tile = q_buffers.index(slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
-                if not AHEAD:
-                    mbarrier.wait(q_full.index(slot), turn)
-                    scores = warpgroup_mma(
-                        k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True
-                    )
                 mbarrier.wait(dout_full.index(slot), turn)
                 dout_tile = dout_buffers.index(slot)._reinterpret(
                     dtype, [BLOCK_M, DV_PAD], DOUT_LAYOUT
@@ -267,8 +267,6 @@ def _consume(
                 h = read_word(items, slot * ITEM_WORDS + 1)
                 row = read_word(items, slot * ITEM_WORDS + 2)
                 lse_row = lse_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
-                if not AHEAD:
-                    s = warpgroup_mma_wait(1, deps=(scores,))
                 if score_mod is None:
                     p = gl.exp2(s * (scale * LOG2E) - lse_row)
                 else:
@@ -290,9 +288,7 @@ def _consume(
                 delta_row = delta_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
                 ds = p * (dp - delta_row)
                 if score_grad is not None:
-                    ds = score_grad(
-                        s_raw, ds, b, h, q_idx, at_kv, score_tables, into, HOW, 1
-                    )
+                    ds = score_grad(s_raw, ds, b, h, q_idx, at_kv, score_tables, into, HOW, 1)
                     ds = gl.where(p > 0, ds, 0.0)  # whatever the derivative is where it is hidden
                 ds = ds.to(dtype)
                 parity = number % 2 * GROUPS
@@ -309,40 +305,25 @@ def _consume(
                 dq_part = warpgroup_mma(
                     ds_buffers.index(parity + 1).permute((1, 0)), k_second, dq_part, is_async=True
                 )
-                adding_dk = warpgroup_mma(
-                    gl.convert_layout(ds, FOR_DK), q_tile, dk, is_async=True
-                )
+                adding_dk = warpgroup_mma(gl.convert_layout(ds, FOR_DK), q_tile, dk, is_async=True)
                 dv = warpgroup_mma_wait(3, deps=(adding_dv,))
                 mbarrier.arrive(dout_empty.index(slot), count=1)
                 dq_part = warpgroup_mma_wait(1, deps=(dq_part,))
-                if ATOMIC:
-                    q_rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, DQ))
-                    cols = gl.arange(0, HALF, layout=gl.SliceLayout(0, DQ))
-                    base = dq_places[0] + b.to(gl.int64) * dq_places[1] + h.to(gl.int64) * dq_places[2]
-                    base += row.to(gl.int64) * dq_places[3] + GROUP * HALF
-                    inside = (row + q_rows < q_len)[:, None]
-                    gl.atomic_add(
-                        base + q_rows[:, None] * dq_places[3] + cols[None, :], dq_part * scale,
-                        mask=inside, sem="relaxed",
-                    )
-                else:
-                    tma.store_wait(0)
-                    dq_staged._reinterpret(gl.float32, [BLOCK_M, HALF], DQ_LAYOUT).store(dq_part * scale)
-                    fence_async_shared()
-                    tma_add(dq, [b, h, row, GROUP * HALF], dq_staged)
-                if AHEAD:  # after the last tile, its own once more, for nothing
-                    following = gl.minimum(number + 1, done + count - 1)
-                    next_slot = following % STAGES
-                    mbarrier.wait(q_full.index(next_slot), following // STAGES & 1)
-                    next_q = q_buffers.index(next_slot)._reinterpret(
-                        dtype, [BLOCK_M, D_PAD], Q_LAYOUT
-                    )
-                    scores = warpgroup_mma(
-                        k_tile, next_q.permute((1, 0)), zero, use_acc=False, is_async=True
-                    )
-                dk = warpgroup_mma_wait(AHEAD, deps=(adding_dk,))
-                if AHEAD:
-                    s = warpgroup_mma_wait(0, deps=(scores,))
+                tma.store_wait(0)
+                staged = dq_staged._reinterpret(gl.float32, [BLOCK_M, HALF], DQ_LAYOUT)
+                staged.store(dq_part * scale)
+                fence_async_shared()
+                tma_add(dq, [b, h, row, GROUP * HALF], dq_staged)
+                # The next scores; after the last tile, its own once more, for nothing.
+                following = gl.minimum(number + 1, done + count - 1)
+                next_slot = following % STAGES
+                mbarrier.wait(q_full.index(next_slot), following // STAGES & 1)
+                next_q = q_buffers.index(next_slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
+                scores = warpgroup_mma(
+                    k_tile, next_q.permute((1, 0)), zero, use_acc=False, is_async=True
+                )
+                dk = warpgroup_mma_wait(1, deps=(adding_dk,))
+                s = warpgroup_mma_wait(0, deps=(scores,))
                 mbarrier.arrive(q_empty.index(slot), count=1)
             done += count
         mbarrier.arrive(kv_empty.index(0), count=1)
@@ -370,67 +351,32 @@ def _write(
     gl.store(places, value.to(x[0].dtype.element_ty), mask=inside)
 
 
-@gluon.jit
-def _consume_first(
-    q, k, v, dout, lse, delta, dq, results, buffers, barriers, queue, items, lists, lengths, shape,
-    score_tables, mask_tables, into, scale,
-    mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
-    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
-    BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
-    D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
-    STAGES: gl.constexpr, AHEAD: gl.constexpr, ATOMIC: gl.constexpr,
-):  # fmt: skip
-    _consume(
-        q, k, v, dout, lse, delta, dq, results, buffers, barriers, queue, items, lists, lengths,
-        shape, score_tables, mask_tables, into, scale,
-        mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M, TILES_N,
-        D, D_PAD, DV, DV_PAD, STAGES, AHEAD, ATOMIC, 0,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _consume_second(
-    q, k, v, dout, lse, delta, dq, results, buffers, barriers, queue, items, lists, lengths, shape,
-    score_tables, mask_tables, into, scale,
-    mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
-    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
-    BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
-    D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
-    STAGES: gl.constexpr, AHEAD: gl.constexpr, ATOMIC: gl.constexpr,
-):  # fmt: skip
-    _consume(
-        q, k, v, dout, lse, delta, dq, results, buffers, barriers, queue, items, lists, lengths,
-        shape, score_tables, mask_tables, into, scale,
-        mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M, TILES_N,
-        D, D_PAD, DV, DV_PAD, STAGES, AHEAD, ATOMIC, 1,
-    )  # fmt: skip
-
-
 @gluon.jit(
     do_not_specialize=[
-        "q_len", "kv_len", "q_limit", "kv_limit", "padded_len", "kv_heads", "group", "blocks",
+        "kv_len", "q_limit", "kv_limit", "padded_len", "kv_heads", "group", "blocks",
         "row_stride_b", "row_stride_h", "order_stride_b", "order_stride_h", "kv_stride_b",
         "together", "total_heads", "leading",
     ]
 )  # fmt: skip
 def hopper_backward_kernel(
-    q, k, v, dout, lse, delta, dq, dq_places, dk, dv, counters, score_tables, into, scale,
+    q, k, v, dout, lse, delta, dq, dk, dv, counters, score_tables, into, scale,
     rows, runs, order, q_starts, kv_starts, mask_tables,
-    q_len, kv_len, q_limit, kv_limit, padded_len, kv_heads, group, blocks,
-    row_stride_b, row_stride_h, order_stride_b, order_stride_h, kv_stride_b, together, total_heads, leading,
+    kv_len, q_limit, kv_limit, padded_len, kv_heads, group, blocks,
+    row_stride_b, row_stride_h, order_stride_b, order_stride_h, kv_stride_b, together,
+    total_heads, leading,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
-    STAGES: gl.constexpr, AHEAD: gl.constexpr, ATOMIC: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: `(programs,)`, no more than there are tiles, or multiprocessors.
 
     q, dout: descriptors of `[1, 1, BLOCK_M, padded dim]`. k, v: of `[1, 1, 64, padded dim]`.
     lse, delta: the row terms, flat, by descriptors of `[BLOCK_M]`. dq: fp32, contiguous, zeros at
     first, by a descriptor of `[1, 1, BLOCK_M, padded dim / 2]`. dk, dv: (pointer, strides).
-    counters, together, total_heads (of keys), leading: as in `hopper_forward_kernel`. The rest as in
-    `triton_backward.key_kernel`.
+    counters, together, total_heads (of keys), leading: as in `hopper_forward_kernel`. The rest
+    as in `triton_backward.key_kernel`.
     """
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_M], q.dtype)
     q_buffers = gl.allocate_shared_memory(q.dtype, [STAGES] + q.block_type.shape, q.layout)
@@ -463,47 +409,38 @@ def hopper_backward_kernel(
     for i in gl.static_range(2):
         mbarrier.init(words_full.index(i), count=1)
         mbarrier.init(words_empty.index(i), count=GROUPS)
-    # A tuple in a variable would make run-time values of the constants in it.
+    shared = (
+        (q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers,
+         dq_buffers),
+        (q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty),
+        (counters, words, words_full, words_empty), items,
+    )  # fmt: skip
+    lists = (rows, runs, order, q_starts, kv_starts)
+    lengths = (kv_len, q_limit, kv_limit, padded_len)
+    shape = (
+        kv_heads, group, blocks, row_stride_b, row_stride_h, order_stride_b, order_stride_h,
+        kv_stride_b, together, total_heads, leading,
+    )  # fmt: skip
+    # All three times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(
         [
-            (_consume_first, (
-                q, k, v, dout, lse, delta, dq, (dk, dv, dq_places),
-                (q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers,
-                 dq_buffers),
-                (q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty),
-                (counters, words, words_full, words_empty), items,
-                (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len, q_len),
-                (kv_heads, group, blocks, row_stride_b, row_stride_h, order_stride_b,
-                 order_stride_h, kv_stride_b, together, total_heads, leading),
+            (_consume, (
+                q, k, v, dout, lse, delta, dq, (dk, dv), shared, lists, lengths, shape,
                 score_tables, mask_tables, into, scale,
                 mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
-                TILES_N, D, D_PAD, DV, DV_PAD, STAGES, AHEAD, ATOMIC,
+                TILES_N, D, D_PAD, DV, DV_PAD, STAGES, 0,
             )),
-            (_consume_second, (
-                q, k, v, dout, lse, delta, dq, (dk, dv, dq_places),
-                (q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers,
-                 dq_buffers),
-                (q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty),
-                (counters, words, words_full, words_empty), items,
-                (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len, q_len),
-                (kv_heads, group, blocks, row_stride_b, row_stride_h, order_stride_b,
-                 order_stride_h, kv_stride_b, together, total_heads, leading),
+            (_consume, (
+                q, k, v, dout, lse, delta, dq, (dk, dv), shared, lists, lengths, shape,
                 score_tables, mask_tables, into, scale,
                 mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
-                TILES_N, D, D_PAD, DV, DV_PAD, STAGES, AHEAD, ATOMIC,
+                TILES_N, D, D_PAD, DV, DV_PAD, STAGES, 1,
             )),
             (_produce, (
-                q, k, v, dout, lse, delta, dq, (dk, dv, dq_places),
-                (q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers,
-                 dq_buffers),
-                (q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty),
-                (counters, words, words_full, words_empty), items,
-                (rows, runs, order, q_starts, kv_starts), (kv_len, q_limit, kv_limit, padded_len, q_len),
-                (kv_heads, group, blocks, row_stride_b, row_stride_h, order_stride_b,
-                 order_stride_h, kv_stride_b, together, total_heads, leading),
+                q, k, v, dout, lse, delta, dq, (dk, dv), shared, lists, lengths, shape,
                 score_tables, mask_tables, into, scale,
                 mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
-                TILES_N, D, D_PAD, DV, DV_PAD, STAGES, AHEAD, ATOMIC,
+                TILES_N, D, D_PAD, DV, DV_PAD, STAGES, 0,
             )),
         ],
         [4, 1],

@@ -30,7 +30,6 @@ from ringflex.kernels.hopper_common import (
     unpacked,
     write_word,
 )
-from ringflex.kernels.hopper_intrinsics import named_barrier_arrive, named_barrier_wait
 from ringflex.kernels.triton_common import (
     BEGINS,
     ENDS,
@@ -90,22 +89,23 @@ def _load_v(v, v_buffers, v_full, v_empty, b, kv_head, row, number, STAGES: gl.c
 
 @gluon.jit
 def _produce(
-    q, k, v, results, buffers, barriers, queue, positions, lists, lengths, shape, score_tables,
-    mask_tables, scale,
+    q, k, v, results, shared, lists, lengths, shape, score_tables, mask_tables, scale,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
     STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
-    PINGPONG: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
     BLOCK_M: gl.constexpr = GROUPS * ROWS
+    buffers, barriers, queue, positions = shared
     counters, words, words_full, words_empty = queue
-    q_buffers, k_buffers, v_buffers = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    q_buffers, v_buffers = buffers[0], buffers[2]
+    q_full, q_empty, v_full, v_empty = barriers[0], barriers[1], barriers[4], barriers[5]
     rows, runs, order, turns, q_starts, kv_starts = lists
-    heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together, total_heads, leading = shape
+    heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b = shape[:6]
+    together, total_heads, leading = shape[6:]
     total = total_heads * blocks * TILES_M
     work = gl.program_id(0)
     loaded = gl.to_tensor(0)
@@ -232,8 +232,7 @@ def _step(
     number, carry, q, k_tiles, v_tiles, barriers, positions, zero, b, h, q_idx, kv_limit,
     scale, mask_tables, score_tables,
     MASKED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, PINGPONG: gl.constexpr, GROUP: gl.constexpr,
-    S: gl.constexpr, O: gl.constexpr, P: gl.constexpr,
+    STAGES: gl.constexpr, S: gl.constexpr, O: gl.constexpr, P: gl.constexpr,
     K_SHAPE: gl.constexpr, K_LAYOUT: gl.constexpr, V_SHAPE: gl.constexpr, V_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of tile `number`, while the weights before it meet their values."""
@@ -242,15 +241,11 @@ def _step(
     slot, turn = number % STAGES, number // STAGES & 1
     v_slot, v_turn = (number - 1) % STAGES, (number - 1) // STAGES & 1
     mbarrier.wait(k_full.index(slot), turn)
-    if PINGPONG:
-        named_barrier_wait("9" if GROUP == 0 else "10", "256")
     k_tile = k_tiles.index(slot)._reinterpret(k_tiles.dtype, K_SHAPE, K_LAYOUT)
     s = warpgroup_mma(q, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(v_slot), v_turn)
     v_tile = v_tiles.index(v_slot)._reinterpret(v_tiles.dtype, V_SHAPE, V_LAYOUT)
     adding = warpgroup_mma(unpacked(p, k_tiles.dtype, P), v_tile, acc, is_async=True)
-    if PINGPONG:
-        named_barrier_arrive("10" if GROUP == 0 else "9", "256")
     kv_start = gl.to_tensor(0)
     if MASKED or score_mod is not None:
         kv_start = read_word(positions, slot)
@@ -268,14 +263,13 @@ def _step(
 
 @gluon.jit
 def _consume(
-    q, k, v, results, buffers, barriers, queue, positions, lists, lengths, shape, score_tables,
-    mask_tables, scale,
+    q, k, v, results, shared, lists, lengths, shape, score_tables, mask_tables, scale,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
     STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
-    PINGPONG: gl.constexpr, GROUP: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of consumers: rows `GROUP * ROWS` and on of each tile."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -285,19 +279,17 @@ def _consume(
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D_PAD], dtype)
     K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D_PAD], dtype)
     V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, DV_PAD], dtype)
+    buffers, barriers, queue, positions = shared
     words, words_full, words_empty = queue[1], queue[2], queue[3]
     q_buffers, k_buffers, v_buffers = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     q_len, q_limit, kv_limit = lengths
-    heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together, total_heads, leading = shape
+    heads = shape[0]
     q_tile = q_buffers.index(GROUP)._reinterpret(dtype, [ROWS, D_PAD], Q_LAYOUT)
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
     taken = gl.to_tensor(0)
     with_keys = gl.to_tensor(0)
     done = gl.to_tensor(0)
-    if PINGPONG:
-        if GROUP == 1:
-            named_barrier_arrive("9", "256")
     mbarrier.wait(words_full.index(0), 0)
     count = read_word(words, 0)
     while count >= 0:
@@ -314,8 +306,8 @@ def _consume(
         m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
         l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
         if count > 0:
-            q_idx = q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-            q_idx = gl.minimum(q_idx, q_limit - 1)[:, None]  # what is beyond is not written
+            q_position = q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+            q_idx = gl.minimum(q_position, q_limit - 1)[:, None]
             slot, kv_turn = done % STAGES, done // STAGES & 1
             mbarrier.wait(q_full.index(GROUP), with_keys & 1)
             mbarrier.wait(k_full.index(slot), kv_turn)
@@ -336,14 +328,14 @@ def _consume(
                     carry = _step(
                         number, carry, q_tile, k_buffers, v_buffers, barriers, positions, zero, b,
                         h, q_idx, kv_limit, scale, mask_tables, score_tables,
-                        True, mask_mod, score_mod, BLOCK_N, STAGES, PINGPONG, GROUP, S, O, P,
+                        True, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
                         [BLOCK_N, D_PAD], K_LAYOUT, [BLOCK_N, DV_PAD], V_LAYOUT,
                     )  # fmt: skip
             for number in range(done + gl.maximum(partial, 1), done + count):
                 carry = _step(
                     number, carry, q_tile, k_buffers, v_buffers, barriers, positions, zero, b,
                     h, q_idx, kv_limit, scale, mask_tables, score_tables,
-                    False, mask_mod, score_mod, BLOCK_N, STAGES, PINGPONG, GROUP, S, O, P,
+                    False, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
                     [BLOCK_N, D_PAD], K_LAYOUT, [BLOCK_N, DV_PAD], V_LAYOUT,
                 )  # fmt: skip
             acc, p16, m, l = carry
@@ -356,6 +348,7 @@ def _consume(
             acc = warpgroup_mma(unpacked(p16, dtype, P), v_tile, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(v_empty.index(v_slot), count=1)
+            l = gl.where(q_position < q_limit, l, 0.0)  # padding sees nothing
         _write(
             results, acc, gl.convert_layout(m, gl.SliceLayout(1, O)),
             gl.convert_layout(l, gl.SliceLayout(1, O)), b, h, start, turn, q_len,
@@ -390,7 +383,7 @@ def _write(
         inside = inside & (gl.arange(0, DV_PAD, layout=gl.SliceLayout(0, O)) < DV)[None, :]
     empty = l == 0
     part_lse = gl.where(empty, float("-inf"), m + gl.log2(gl.where(empty, 1.0, l)))  # base 2
-    weight = 1.0 / gl.where(empty, 1.0, l)
+    weight = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, l))
     if MERGE_LSE:
         if STAGED:
             later, first = turn & BEGINS == 0, turn & BEGINS != 0
@@ -438,44 +431,6 @@ def _write(
         gl.store(row_places(lse, b, h, row), new_lse * LN2, mask=rows_inside)
 
 
-@gluon.jit
-def _consume_first(
-    q, k, v, results, buffers, barriers, queue, positions, lists, lengths, shape, score_tables,
-    mask_tables, scale,
-    mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
-    MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
-    STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
-    BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
-    D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
-    PINGPONG: gl.constexpr,
-):  # fmt: skip
-    _consume(
-        q, k, v, results, buffers, barriers, queue, positions, lists, lengths, shape, score_tables,
-        mask_tables, scale,
-        mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
-        MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, PINGPONG, 0,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _consume_second(
-    q, k, v, results, buffers, barriers, queue, positions, lists, lengths, shape, score_tables,
-    mask_tables, scale,
-    mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
-    MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
-    STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
-    BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
-    D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
-    PINGPONG: gl.constexpr,
-):  # fmt: skip
-    _consume(
-        q, k, v, results, buffers, barriers, queue, positions, lists, lengths, shape, score_tables,
-        mask_tables, scale,
-        mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
-        MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, PINGPONG, 1,
-    )  # fmt: skip
-
-
 @gluon.jit(
     do_not_specialize=[
         "q_len", "q_limit", "kv_limit", "heads", "group", "blocks",
@@ -492,12 +447,13 @@ def hopper_forward_kernel(
     STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
-    PINGPONG: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: `(programs,)`, no more than there are tiles, or multiprocessors.
 
     q, k, v: descriptors of `[1, 1, 64 or BLOCK_N, padded dim]`. counters: int32 `[2]`, zeros
-    before and after. together, total_heads, leading: see `head_and_place`. The rest as in `triton_forward.forward_kernel`.
+    before and after. together, total_heads, leading: see `head_and_place`. The rest as in
+    `triton_forward.forward_kernel`.
     """
     q_buffers = gl.allocate_shared_memory(q.dtype, [GROUPS] + q.block_type.shape, q.layout)
     k_buffers = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
@@ -525,44 +481,36 @@ def hopper_forward_kernel(
     for i in gl.static_range(2):
         mbarrier.init(words_full.index(i), count=1)
         mbarrier.init(words_empty.index(i), count=GROUPS)
-    # A tuple in a variable would make run-time values of the constants in it.
+    shared = (
+        (q_buffers, k_buffers, v_buffers), (q_full, q_empty, k_full, k_empty, v_full, v_empty),
+        (counters, words, words_full, words_empty), positions,
+    )  # fmt: skip
+    lists = (rows, runs, order, turns, q_starts, kv_starts)
+    lengths = (q_len, q_limit, kv_limit)
+    shape = (
+        heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together, total_heads,
+        leading,
+    )  # fmt: skip
+    # All three times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(
         [
-            (_consume_first, (
-                q, k, v, (out, lse, before_out, before_lse, first_lse),
-                (q_buffers, k_buffers, v_buffers),
-                (q_full, q_empty, k_full, k_empty, v_full, v_empty),
-                (counters, words, words_full, words_empty), positions,
-                (rows, runs, order, turns, q_starts, kv_starts), (q_len, q_limit, kv_limit),
-                (heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together,
-                 total_heads, leading),
-                score_tables, mask_tables, scale,
+            (_consume, (
+                q, k, v, (out, lse, before_out, before_lse, first_lse), shared, lists, lengths,
+                shape, score_tables, mask_tables, scale,
                 mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
-                MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, PINGPONG,
+                MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, 0,
             )),
-            (_consume_second, (
-                q, k, v, (out, lse, before_out, before_lse, first_lse),
-                (q_buffers, k_buffers, v_buffers),
-                (q_full, q_empty, k_full, k_empty, v_full, v_empty),
-                (counters, words, words_full, words_empty), positions,
-                (rows, runs, order, turns, q_starts, kv_starts), (q_len, q_limit, kv_limit),
-                (heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together,
-                 total_heads, leading),
-                score_tables, mask_tables, scale,
+            (_consume, (
+                q, k, v, (out, lse, before_out, before_lse, first_lse), shared, lists, lengths,
+                shape, score_tables, mask_tables, scale,
                 mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
-                MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, PINGPONG,
+                MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, 1,
             )),
             (_produce, (
-                q, k, v, (out, lse, before_out, before_lse, first_lse),
-                (q_buffers, k_buffers, v_buffers),
-                (q_full, q_empty, k_full, k_empty, v_full, v_empty),
-                (counters, words, words_full, words_empty), positions,
-                (rows, runs, order, turns, q_starts, kv_starts), (q_len, q_limit, kv_limit),
-                (heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together,
-                 total_heads, leading),
-                score_tables, mask_tables, scale,
+                q, k, v, (out, lse, before_out, before_lse, first_lse), shared, lists, lengths,
+                shape, score_tables, mask_tables, scale,
                 mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
-                MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, PINGPONG,
+                MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, 0,
             )),
         ],
         [4, 1],

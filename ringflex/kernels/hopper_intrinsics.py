@@ -38,19 +38,6 @@ def named_barrier_wait(ID: gl.constexpr, THREADS: gl.constexpr):
 
 
 @gluon.jit
-def named_barrier_arrive(ID: gl.constexpr, THREADS: gl.constexpr):
-    """Comes to a named barrier and goes on."""
-    return gl.inline_asm_elementwise(
-        "bar.arrive " + ID + ", " + THREADS + "; mov.u32 $0, 0;",
-        "=r",
-        [],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
 def uniform(value):
     """A number that all threads have alike, in a form that the assembler keeps once per warp."""
     return gl.inline_asm_elementwise(

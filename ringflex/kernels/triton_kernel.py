@@ -17,7 +17,8 @@ from ringflex.kernels.triton_backward import key_kernel, query_kernel, row_terms
 from ringflex.kernels.triton_forward import forward_kernel
 from ringflex.kernels.triton_launch import Prepared
 from ringflex.kernels.triton_math import ADD, FIXED, LARGEST, unchanged
-from ringflex.kernels.triton_mods import ScoreMod, accumulators
+from ringflex.kernels.triton_merge import Merge
+from ringflex.kernels.triton_mods import ScoreMod, accumulators, kind_of, score_mod
 from ringflex.kernels.triton_setup import (
     Setup,
     alignment,
@@ -54,38 +55,22 @@ def forward(
 ) -> None:
     """See `contract`."""
     setup, q, k, v = _setup(q, k, v, mask, options)
-    mod = _score_mod(score, q, options)
-    out, lse = after
-    assert out is not None
-    first_lse = lse if before is None else before.lse
-    merge_first = stage is not None and before is not None
-    if stage is not None:  # merges with what is running, or, where a query begins, with first_lse
-        assert running is not None and (before is None or before.out is None)
-        before = running
-    merge_out, merge_lse = before is not None and before.out is not None, before is not None
-    before_out = out if before is None or before.out is None else before.out
-    before_lse = lse if before is None else before.lse
-    in_place = merge_out and before_out is out and before_lse is lse
-    starts = alignment(q, k, v, out, lse, before_out, before_lse, first_lse)
-    tma = setup.describable and not starts & 0b111
+    mod = score_mod(score, q.device, options)
+    merge = Merge.of(before, after, stage, running)
+    starts = alignment(q, k, v)
+    tma = setup.describable and not starts
     D, D_PAD, DV, DV_PAD = setup.dims
     score_function = None if mod is None else mod.function()
     if mod is None and scale <= 0:  # the kernel takes a positive scale out of the maximum
         score_function = unchanged
-
-    key = (
-        "forward", _kind(mod), score_function, out.dtype, out.stride(), before_out.stride(),
-        before_lse.stride(), lse.dtype, before_lse.dtype, merge_out, merge_lse, in_place, starts,
-        stage is not None, merge_first, first_lse.stride(),
-    )  # fmt: skip
+    key = ("forward", kind_of(mod), score_function, starts, merge.key)
 
     def arguments(tile: Tile) -> tuple[Any, ...]:
         return (
             described(q, tile.block_m, D_PAD) if tma else strided(q),
             described(k, tile.block_n, D_PAD) if tma else strided(k),
             described(v, tile.block_n, DV_PAD) if tma else strided(v),
-            strided(out), encoded_rows(lse), strided(before_out), encoded_rows(before_lse),
-            encoded_rows(first_lse), () if mod is None else mod.arguments, scale,
+            *merge.arguments, () if mod is None else mod.arguments, scale,
         )  # fmt: skip
 
     def prepare(tile: Tile) -> Prepared:
@@ -99,8 +84,7 @@ def forward(
             ),
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
-                setup.positions.kv_in_order, merge_out, merge_lse, in_place,
-                stage is not None, merge_first,
+                setup.positions.kv_in_order, *merge.constants,
                 *setup.tiles(tile), *setup.dims, tma, setup.precision, tile.num_stages,
             ),
             tile,
@@ -108,8 +92,8 @@ def forward(
 
     ready = setup.prepared.get(key)
     if ready is None:
-        repeatable = before is None or not (shares(before_lse, lse) or shares(before_out, out))
-        repeatable &= stage is None
+        alone = not (shares(merge.before_lse, merge.lse) or shares(merge.before_out, merge.out))
+        repeatable = stage is None and (alone or not merge.with_lse)
         ready = setup.prepare(key, "forward", mod, prepare, arguments if repeatable else None)
     ready(*arguments(ready.tile))
 
@@ -146,7 +130,7 @@ def row_terms(
     return terms
 
 
-def has_separate_passes(options: KernelOptions) -> bool:
+def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions) -> bool:
     """See `contract`."""
     return options.backward != "one_pass"
 
@@ -165,7 +149,7 @@ def backward(
 ) -> None:
     """See `contract`."""
     setup, q, k, v = _setup(q, k, v, mask, options)
-    mod = _score_mod(score, q, options)
+    mod = score_mod(score, q.device, options)
     call = _Backward(setup, mod, nearby(dout), q, k, v, terms, scale, gradients)
     wanted = () if mod is None else mod.wanted([d is not None for d in gradients.dcaptures])
     if options.backward == "one_pass":
@@ -210,7 +194,7 @@ class _Backward:
         self.score_function = None if mod is None else mod.function()
         self.score_tables = () if mod is None else mod.arguments
         self.key = (
-            _kind(mod), self.score_function, dout.stride(), starts,
+            kind_of(mod), self.score_function, dout.stride(), starts,
             *(None if x is None else x.dtype for x in targets),
         )  # fmt: skip
 
@@ -259,9 +243,6 @@ class _Backward:
 
         def prepare(tile: Tile) -> Prepared:
             lists = key_lists(mask, setup.group, self.q.device)
-            apart = mask.H > 1
-            order_stride_h = lists.blocks if apart else 0
-            order_stride_b = lists.blocks * (setup.kv_heads if apart else 1) if mask.B > 1 else 0
             tiles = lists.blocks * (mask.block_size[1] // tile.block_n)
             return Prepared(
                 key_kernel,
@@ -269,7 +250,7 @@ class _Backward:
                 (
                     *setup.key_lists(lists), setup.mask_mod.tables, *setup.lengths,
                     self.terms.delta.shape[2], setup.kv_heads, setup.group, lists.blocks,
-                    *setup.row_strides(lists), order_stride_b, order_stride_h, setup.kv_stride,
+                    *setup.row_strides(lists), *setup.order_strides(lists), setup.kv_stride,
                 ),
                 (
                     setup.mask_mod.function, self.score_function, self.gradient_function(wanted),
@@ -335,19 +316,10 @@ class _Backward:
     def one_pass(self, wanted: Sequence[bool]) -> None:
         """Everything by the key kernel, with atomic additions into dQ."""
         g = self.gradients
-        assert g.dq is not None
-        dq = g.running_q
-        if dq is not None and g.stage is not None:
-            g.stage.begin(dq, 0.0)
-        else:
-            fits = g.dq.dtype == torch.float32
-            dq = g.dq.zero_() if fits else torch.zeros_like(g.dq, dtype=torch.float32)
+        dq = sum_of_queries(g)
         pairs = [] if self.mod is None else accumulators(self.mod, wanted)
         self.keys(dq, wanted, pairs)
-        if g.stage is not None:
-            g.stage.end(dq, g.dq)
-        elif dq is not g.dq:
-            g.dq.copy_(dq)
+        round_queries(g, dq)
         self.collect(wanted, [total for total, _ in pairs])
 
     def queries_in_fixed_point(self, wanted: Sequence[bool]) -> None:
@@ -385,6 +357,27 @@ class _Backward:
             self.mod.add_to_captures(dtables, self.gradients.dcaptures)
 
 
+def sum_of_queries(g: Gradients) -> Tensor:
+    """Where a backward in one pass adds dQ, in fp32."""
+    assert g.dq is not None
+    if g.running_q is not None:
+        if g.stage is not None:
+            g.stage.begin(g.running_q, 0.0)
+        return g.running_q
+    if g.dq.dtype == torch.float32:
+        return g.dq.zero_()
+    return torch.zeros_like(g.dq, dtype=torch.float32)
+
+
+def round_queries(g: Gradients, total: Tensor) -> None:
+    """From there to dQ."""
+    assert g.dq is not None
+    if g.stage is not None:
+        g.stage.end(total, g.dq)
+    elif g.running_q is None and total is not g.dq:
+        g.dq.copy_(total)
+
+
 def _setup(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: KernelOptions
 ) -> tuple[Setup, Tensor, Tensor, Tensor]:
@@ -398,22 +391,3 @@ def _setup(
 
 def _empty(B: int, H: int, length: int, device: torch.device) -> Tensor:
     return torch.empty(B, H, length, dtype=torch.float32, device=device)
-
-
-def _score_mod(score: TracedMod | None, q: Tensor, options: KernelOptions) -> ScoreMod | None:
-    if score is None:
-        return None
-    key = ("on device", q.device, options.approximate_tanh)
-    mod: ScoreMod | None = score.cache.get(key)
-    if mod is None:
-        mod = ScoreMod(score, q.device, approximate_tanh=options.approximate_tanh)
-        if not (score.captures or mod.tables):  # nothing in it changes from call to call
-            score.cache[key] = mod
-    return mod
-
-
-def _kind(mod: ScoreMod | None) -> Any:
-    """What Triton specialises on in a mod's tables."""
-    if mod is None:
-        return None
-    return tuple((t.dtype, t.shape, t.stride(), t.data_ptr() & 15) for t in mod.tables)

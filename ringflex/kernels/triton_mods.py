@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ringflex.kernels.contract import KernelOptions
 from ringflex.kernels.lowering import lower_gradient, lower_mask, lower_score, tanh_is_added
 from ringflex.kernels.mod_tables import TableSpec, table_arguments
 from ringflex.masks.block_mask import BlockMask
@@ -120,6 +121,28 @@ class ScoreMod:
         for target, grad in zip(targets, grads, strict=True):
             if grad is not None:
                 target.add_(grad)
+
+
+def score_mod(
+    score: TracedMod | None, device: torch.device, options: KernelOptions
+) -> ScoreMod | None:
+    """A `ScoreMod` of a traced mod, from its cache if nothing in it changes; None for None."""
+    if score is None:
+        return None
+    key = ("on device", device, options.approximate_tanh)
+    mod: ScoreMod | None = score.cache.get(key)
+    if mod is None:
+        mod = ScoreMod(score, device, approximate_tanh=options.approximate_tanh)
+        if not (score.captures or mod.tables):
+            score.cache[key] = mod
+    return mod
+
+
+def kind_of(mod: ScoreMod | None) -> Any:
+    """What Triton specialises on in a mod's tables."""
+    if mod is None:
+        return None
+    return tuple((t.dtype, t.shape, t.stride(), t.data_ptr() & 15) for t in mod.tables)
 
 
 def accumulators(mod: ScoreMod, wanted: Sequence[bool]) -> list[tuple[Tensor, Tensor]]:

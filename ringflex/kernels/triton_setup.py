@@ -141,6 +141,12 @@ class Setup:
         by_head = lists.blocks if self.mask.H > 1 else 0
         return lists.blocks * self.mask.H if self.mask.B > 1 else 0, by_head
 
+    def order_strides(self, lists: BlockLists) -> tuple[int, int]:
+        """The same of `lists.order`, for lists of keys: heads of a group have one order."""
+        apart = self.mask.H > 1
+        per_batch = lists.blocks * (self.kv_heads if apart else 1)
+        return per_batch if self.mask.B > 1 else 0, lists.blocks if apart else 0
+
 
 _PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 

@@ -80,8 +80,8 @@ def backward(
     """
     several = len(plan.steps) > 1
     home = _new(Pair(k, v), compute_dtype(q.dtype) if several else k.dtype)
-    apart = kernel.has_separate_passes(options)
-    calls = _Calls(plan, kernel, dout, q, terms, score, scale, dcaptures, options)
+    apart = kernel.has_separate_passes(q, v, options)
+    calls = _Calls(plan, kernel, dout, q, terms, score, scale, dcaptures, options, apart)
     lanes = Lanes(q.device)
     with lanes.ahead():
         arrivals = _Arrivals(plan, Pair(k, v))
@@ -106,7 +106,8 @@ def backward(
             returns.settle()
             returns.submit(back)
         home = returns.all_added(k.dtype)
-    return calls.dq, *home
+        dq = calls.all_added()
+    return dq, *home
 
 
 class _Calls:
@@ -123,15 +124,18 @@ class _Calls:
         scale: float,
         dcaptures: Sequence[Tensor | None],
         options: KernelOptions,
+        apart: bool,
     ) -> None:
         self.kernel, self.dout, self.q, self.terms = kernel, dout, q, terms
         self.score, self.scale, self.dcaptures, self.options = score, scale, dcaptures, options
+        self.apart = apart
         computed = sum(step.mask is not None for step in plan.steps)
         make = torch.empty if computed else torch.zeros
         self.dq = make(q.shape, dtype=q.dtype, device=q.device)
         self.running_q: Tensor | None = None
         if computed > 1:
-            self.running_q = torch.empty(q.shape, dtype=compute_dtype(q.dtype), device=q.device)
+            make = torch.empty if apart else torch.zeros
+            self.running_q = make(q.shape, dtype=compute_dtype(q.dtype), device=q.device)
 
     def run(
         self,
@@ -150,7 +154,7 @@ class _Calls:
             dk=None if gradients is None else gradients.k,
             dv=None if gradients is None else gradients.v,
             dcaptures=self.dcaptures,
-            stage=step.stage,
+            stage=step.stage if self.apart else None,
             running_q=self.running_q,
         )
         passes = "dQ, dK, dV" if queries and gradients else "dQ" if queries else "dK, dV"
@@ -159,6 +163,12 @@ class _Calls:
                 self.dout, self.q, *held, self.terms, step.mask, self.score, self.scale, wanted,
                 self.options,
             )  # fmt: skip
+
+    def all_added(self) -> Tensor:
+        """dQ, when all steps are done."""
+        if self.running_q is not None and not self.apart:
+            self.dq.copy_(self.running_q)
+        return self.dq
 
 
 class _Arrivals:

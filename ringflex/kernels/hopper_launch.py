@@ -1,0 +1,81 @@
+"""What launches of the Hopper kernels are given: descriptors for Gluon, and the queue of tiles."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ringflex.kernels.block_lists import BlockLists
+
+_COUNTERS = 2048  # launches that may be under way at once
+_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+_FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+
+
+def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """As `triton_setup.described`: `x [B, H, S, D]` in tiles of `rows` x `columns`."""
+    return _descriptor(x, [1, 1, rows, columns], _layout(rows, columns, x.dtype))
+
+
+def described_flat(x: Tensor, count: int) -> TensorDescriptor:
+    """A contiguous fp32 tensor, flat, `count` numbers at a time."""
+    return _descriptor(x.view(-1), [count], _FLAT)
+
+
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[dtype])
+
+
+def _descriptor(x: Tensor, block: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
+    descriptor = object.__new__(TensorDescriptor)  # its checks cost a launch's time
+    descriptor.base, descriptor.shape, descriptor.strides = x, list(x.shape), list(x.stride())
+    descriptor.block_shape, descriptor.layout, descriptor.padding = block, layout, "zero"
+    return descriptor
+
+
+def leading_tiles(lists: BlockLists, tiles: int, heads: int, device: torch.device) -> int:
+    """How many of a head's tiles come head by head; see `hopper_common.head_and_place`. Those that
+    remain for the end are as much work as the longest tile is for all multiprocessors.
+
+    Args:
+        tiles: per block. heads: in all.
+    """
+    remaining = np.cumsum(lists.work[::-1])[::-1] * tiles * heads
+    enough = remaining >= lists.work.max(initial=0) * multiprocessors(device)
+    return int(np.count_nonzero(enough)) * tiles
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; as many as a Hopper has where there is none, to compile for it."""
+    if device.type != "cuda":
+        return 132
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+class _Counters:
+    """A ring of pairs of zeros, which every launch leaves as it found them."""
+
+    def __init__(self, device: torch.device) -> None:
+        pool = torch.zeros(_COUNTERS, 4, dtype=torch.int32, device=device)  # 16 bytes each
+        self.pairs = list(pool)
+        self.next = 0
+
+
+@functools.cache
+def _ring(device: torch.device) -> _Counters:
+    return _Counters(device)
+
+
+def counters(device: torch.device) -> Tensor:
+    """Two zeros, int32, for one launch."""
+    ring = _ring(device)
+    ring.next = (ring.next + 1) % _COUNTERS
+    return ring.pairs[ring.next]
