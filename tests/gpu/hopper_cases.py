@@ -1,0 +1,136 @@
+"""The Hopper kernels against fp64, on one GPU, a share of the cases per process.
+
+    PYTHONPATH=tests python tests/gpu/hopper_cases.py 0 14      # the first of 14 shares
+    PYTHONPATH=tests python tests/gpu/hopper_cases.py launches  # 10,000 launches, the same bits
+
+Every mask, every score and every head dim, then 500 random cases of few enough kinds that kernels
+compile in a minute: no mask or score of those has a number in it that differs from case to case.
+"""
+
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+import ringflex as rf
+from attention_cases import (
+    LAYOUTS,
+    MASKS,
+    SCORES,
+    Case,
+    assert_equals_reference,
+    assert_same_bits,
+    attend,
+)
+from ringflex.kernels import hopper_kernel
+from simulated_ranks import run_ranks
+
+RANDOM = 500
+DIMS = [(16, 16), (64, 32), (80, 80), (96, 128), (128, 64), (192, 128), (256, 256), (128, 128)]
+KINDS = [  # mask, score, dtype, head dims
+    ("causal", None, torch.bfloat16, (64, 64)),
+    ("causal", "softcap", torch.float16, (128, 128)),
+    ("short window", None, torch.float16, (128, 128)),
+    ("causal documents", None, torch.bfloat16, (128, 128)),
+    ("causal documents", "alibi", torch.bfloat16, (128, 128)),
+    ("mixed heads", "composed", torch.bfloat16, (64, 64)),
+    ("prefix rows", "by position", torch.float16, (64, 32)),
+    ("near in time", None, torch.bfloat16, (256, 256)),
+    ("full", None, torch.float16, (128, 128)),
+    ("document rows", "relative", torch.bfloat16, (192, 128)),
+]
+BASE = Case(
+    seq_len=300, D=64, Dv=64, Hq=4, Hkv=2, dtype=torch.bfloat16, block_size=128, dlse=True
+)  # fmt: skip
+DEVICE = torch.device("cuda")
+
+
+def groups() -> Iterator[list[tuple[Case, str]]]:
+    """Cases that compile the same kernels, and on how many simulated ranks, by which strategy."""
+    for mask in MASKS:
+        yield [(replace(BASE, mask=mask), "")]
+    for score in SCORES:
+        yield [(replace(BASE, mask="causal documents", score=score, dtype=torch.float16), "")]
+    for D, Dv in DIMS:
+        yield [(replace(BASE, mask="tree", D=D, Dv=Dv, seq_len=n), "") for n in (1, 128, 513)]
+    r = random.Random(1)
+    for i, (mask, score, dtype, (D, Dv)) in enumerate(KINDS):
+        cases = []
+        for j in range(RANDOM // len(KINDS)):
+            Hkv = r.choice([1, 2])
+            case = Case(
+                mask=mask, score=score, dtype=dtype, D=D, Dv=Dv, Hkv=Hkv,
+                Hq=Hkv * r.choice([1, 2, 4]), B=r.choice([1, 2]), seq_len=r.randint(1, 400),
+                block_size=128, bshd=r.random() < 0.3, sinks=r.random() < 0.2, dlse=False,
+                seed=100 * i + j,
+            )  # fmt: skip
+            alone = case.sinks or r.random() < 0.6
+            cases.append((case, "" if alone else r.choice(["ring", "direct"])))
+        yield from (cases[n : n + 10] for n in range(0, len(cases), 10))
+
+
+def check(case: Case, strategy: str) -> None:
+    """On one device, or by two ranks simulated in this process, whose results merge."""
+    p = case.build(device=DEVICE)
+    if strategy:
+        layout = LAYOUTS[case.seed % len(LAYOUTS)]
+        plans = rf.plan_all(
+            p.mask, case.seq_len, 2, B=case.B, H=case.Hq, layout=layout, strategy=strategy,
+            block_size=case.block_size,
+        )  # fmt: skip
+        found = run_ranks(plans, hopper_kernel, p.q, p.k, p.v, p.dout, p.score, late=True)
+    else:
+        mask = rf.create_block_mask(p.mask, case.B, case.Hq, case.seq_len, case.seq_len)
+        found = attend(p, mask, backend="hopper")
+    assert_equals_reference(case, found, strategy)
+
+
+def launches(count: int = 10_000) -> None:
+    """Forwards of random masks and lengths: none hangs, and two in a row give the same bits."""
+    r = random.Random(2)
+    done = 0
+    while done < count:
+        mask, score, dtype, (D, Dv) = KINDS[r.choice([0, 2, 3, 8])]
+        case = Case(
+            mask=mask, score=score, dtype=dtype, D=D, Dv=Dv, Hkv=2, Hq=4, B=1,
+            seq_len=r.randint(1, 3000), block_size=128, seed=r.randint(0, 1000),
+        )  # fmt: skip
+        p = case.build(device=DEVICE)
+        mask = rf.create_block_mask(p.mask, case.B, case.Hq, case.seq_len, case.seq_len)
+        first = attend(p, mask, backend="hopper")
+        for _ in range(30):
+            with torch.no_grad():
+                out, lse = rf.flex_attention(
+                    p.q, p.k, p.v, block_mask=mask, enable_gqa=True, return_lse=True,
+                    backend="hopper",
+                )  # fmt: skip
+            assert torch.equal(out, first.out) and torch.equal(lse, first.lse), case
+        second = attend(p, mask, backend="hopper")
+        same = lambda x: x._replace(dq=x.dk)  # dQ is added up in any order
+        assert_same_bits(same(first), same(second))
+        done += 34
+    print(f"{done} launches")
+
+
+def main() -> None:
+    if sys.argv[1] == "launches":
+        launches()
+        return
+    share, of = int(sys.argv[1]), int(sys.argv[2])
+    failed = count = 0
+    for group in list(groups())[share::of]:
+        for case, strategy in group:
+            count += 1
+            try:
+                check(case, strategy)
+            except Exception as error:
+                failed += 1
+                print(f"FAILED {case} {strategy}: {type(error).__name__} {error}"[:600], flush=True)
+    print(f"share {share}: {count} cases, {failed} failed", flush=True)
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
