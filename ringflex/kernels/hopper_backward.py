@@ -24,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflex.kernels.hopper_common import (
+    FIRST_BARRIER,
+    HANDOVER,
     WORDS,
     head_and_place,
     leave,
@@ -31,7 +33,7 @@ from ringflex.kernels.hopper_common import (
     take,
     write_word,
 )
-from ringflex.kernels.hopper_intrinsics import named_barrier_wait, tma_add
+from ringflex.kernels.hopper_intrinsics import come, tma_add, wait_for
 from ringflex.kernels.triton_common import (
     LOG2E,
     first_tile,
@@ -52,7 +54,7 @@ def _load_list(
 ):  # fmt: skip
     """Loads the queries of one list, of some heads, and what belongs to them."""
     q_buffers, dout_buffers, lse_rows, delta_rows = buffers[0], buffers[1], buffers[4], buffers[5]
-    q_full, q_empty, dout_full, dout_empty = barriers[0], barriers[1], barriers[2], barriers[3]
+    q_full, dout_full = barriers[0], barriers[1]
     tile, end, run, next_tile, next_end = first_tile(runs, run, TILES)
     for _ in range(tiles):
         at = last - tile
@@ -60,8 +62,9 @@ def _load_list(
         position = position_of(q_starts, at, BLOCK_M, TILES, False)
         for h in range(first_head, first_head + members):
             of_head = (b * heads + h) * padded_len + row
-            slot, turn = loaded % STAGES, loaded // STAGES & 1
-            mbarrier.wait(q_empty.index(slot), turn ^ 1)
+            slot = loaded % STAGES
+            if loaded >= STAGES:
+                wait_for(FIRST_BARRIER + slot, HANDOVER)
             write_word(items, slot * ITEM_WORDS, position)
             write_word(items, slot * ITEM_WORDS + 1, h)
             write_word(items, slot * ITEM_WORDS + 2, row)
@@ -73,7 +76,8 @@ def _load_list(
             tma.async_copy_global_to_shared(
                 q, [b, h, row, 0], q_full.index(slot), q_buffers.index(slot)
             )
-            mbarrier.wait(dout_empty.index(slot), turn ^ 1)
+            if loaded >= STAGES:
+                wait_for(FIRST_BARRIER + STAGES + slot, HANDOVER)
             mbarrier.expect(dout_full.index(slot), dout.block_type.nbytes + delta.block_type.nbytes)
             tma.async_copy_global_to_shared(
                 delta, [of_head], dout_full.index(slot), delta_rows.index(slot)
@@ -103,7 +107,7 @@ def _produce(
     buffers, barriers, queue, items = shared
     counters, words, words_full, words_empty = queue
     k_buffers, v_buffers = buffers[2], buffers[3]
-    kv_full, kv_empty = barriers[4], barriers[5]
+    kv_full, kv_empty = barriers[2], barriers[3]
     rows, runs, order, q_starts, kv_starts = lists
     padded_len = lengths[3]
     last = padded_len // BLOCK_M - 1
@@ -215,7 +219,7 @@ def _consume(
     words, words_full, words_empty = queue[1], queue[2], queue[3]
     q_buffers, dout_buffers, k_buffers, v_buffers = buffers[:4]
     lse_rows, delta_rows, ds_buffers, dq_buffers = buffers[4:]
-    q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty = barriers
+    q_full, dout_full, kv_full, kv_empty = barriers
     dk_out, dv_out = results
     kv_len, q_limit, kv_limit = lengths[:3]
     kv_heads = shape[0]
@@ -297,7 +301,7 @@ def _consume(
                     gl.convert_layout(p.to(dtype), FOR_DV), dout_tile, dv, is_async=True
                 )
                 fence_async_shared()
-                named_barrier_wait("9", "256")  # both groups' ds are there
+                wait_for(FIRST_BARRIER + 2 * STAGES, "256")  # both groups' ds are there
                 dq_part = warpgroup_mma(
                     ds_buffers.index(parity).permute((1, 0)), k_first, zero_dq,
                     use_acc=False, is_async=True,
@@ -307,7 +311,7 @@ def _consume(
                 )
                 adding_dk = warpgroup_mma(gl.convert_layout(ds, FOR_DK), q_tile, dk, is_async=True)
                 dv = warpgroup_mma_wait(3, deps=(adding_dv,))
-                mbarrier.arrive(dout_empty.index(slot), count=1)
+                come(FIRST_BARRIER + STAGES + slot, HANDOVER)
                 dq_part = warpgroup_mma_wait(1, deps=(dq_part,))
                 tma.store_wait(0)
                 staged = dq_staged._reinterpret(gl.float32, [BLOCK_M, HALF], DQ_LAYOUT)
@@ -324,7 +328,7 @@ def _consume(
                 )
                 dk = warpgroup_mma_wait(1, deps=(adding_dk,))
                 s = warpgroup_mma_wait(0, deps=(scores,))
-                mbarrier.arrive(q_empty.index(slot), count=1)
+                come(FIRST_BARRIER + slot, HANDOVER)
             done += count
         mbarrier.arrive(kv_empty.index(0), count=1)
         taken += 1
@@ -389,9 +393,7 @@ def hopper_backward_kernel(
     dq_buffers = gl.allocate_shared_memory(gl.float32, [GROUPS] + dq.block_type.shape, dq.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    dout_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
     kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
     words_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
@@ -401,9 +403,7 @@ def hopper_backward_kernel(
     items = gl.allocate_shared_memory(gl.int32, [STAGES * ITEM_WORDS, 1], plain)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=GROUPS)
         mbarrier.init(dout_full.index(i), count=1)
-        mbarrier.init(dout_empty.index(i), count=GROUPS)
     mbarrier.init(kv_full.index(0), count=1)
     mbarrier.init(kv_empty.index(0), count=GROUPS)
     for i in gl.static_range(2):
@@ -412,7 +412,7 @@ def hopper_backward_kernel(
     shared = (
         (q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers,
          dq_buffers),
-        (q_full, q_empty, dout_full, dout_empty, kv_full, kv_empty),
+        (q_full, dout_full, kv_full, kv_empty),
         (counters, words, words_full, words_empty), items,
     )  # fmt: skip
     lists = (rows, runs, order, q_starts, kv_starts)

@@ -15,6 +15,8 @@ from ringflex.kernels.hopper_intrinsics import uniform
 _ONE = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 _ONE_4 = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 WORDS = gl.constexpr(8)  # of a record
+FIRST_BARRIER = gl.constexpr(5)  # of the named ones; Triton has those below
+HANDOVER = gl.constexpr("288")  # threads: two warpgroups that leave a buffer, one warp to fill it
 
 
 @gluon.jit

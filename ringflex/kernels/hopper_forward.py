@@ -21,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflex.kernels.hopper_common import (
+    FIRST_BARRIER,
+    HANDOVER,
     WORDS,
     head_and_place,
     leave,
@@ -30,6 +32,7 @@ from ringflex.kernels.hopper_common import (
     unpacked,
     write_word,
 )
+from ringflex.kernels.hopper_intrinsics import come, wait_for
 from ringflex.kernels.triton_common import (
     BEGINS,
     ENDS,
@@ -55,11 +58,12 @@ def _load_list(
 ):  # fmt: skip
     """Loads the K/V of one list; V one tile later than K, as the consumers want them."""
     k_buffers, v_buffers = buffers[1], buffers[2]
-    k_full, k_empty, v_full, v_empty = barriers[2], barriers[3], barriers[4], barriers[5]
+    k_full, v_full = barriers[2], barriers[3]
     tile, end, run, next_tile, next_end = first_tile(runs, run, TILES)
     for _ in range(tiles):
-        slot, turn = loaded % STAGES, loaded // STAGES & 1
-        mbarrier.wait(k_empty.index(slot), turn ^ 1)
+        slot = loaded % STAGES
+        if loaded >= STAGES:
+            wait_for(FIRST_BARRIER + slot, HANDOVER)
         if POSITIONS:
             write_word(positions, slot, position_of(kv_starts, tile, BLOCK_N, TILES, IN_ORDER))
         mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
@@ -68,7 +72,7 @@ def _load_list(
             k, [b, kv_head, row, 0], k_full.index(slot), k_buffers.index(slot)
         )
         if loaded > first:
-            _load_v(v, v_buffers, v_full, v_empty, b, kv_head, previous, loaded - 1, STAGES)
+            _load_v(v, v_buffers, v_full, b, kv_head, previous, loaded - 1, STAGES)
         previous = row
         loaded += 1
         tile, end, run, next_tile, next_end = following_tile(
@@ -78,9 +82,10 @@ def _load_list(
 
 
 @gluon.jit
-def _load_v(v, v_buffers, v_full, v_empty, b, kv_head, row, number, STAGES: gl.constexpr):
-    slot, turn = number % STAGES, number // STAGES & 1
-    mbarrier.wait(v_empty.index(slot), turn ^ 1)
+def _load_v(v, v_buffers, v_full, b, kv_head, row, number, STAGES: gl.constexpr):
+    slot = number % STAGES
+    if number >= STAGES:
+        wait_for(FIRST_BARRIER + STAGES + slot, HANDOVER)
     mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
     tma.async_copy_global_to_shared(
         v, [b, kv_head, row, 0], v_full.index(slot), v_buffers.index(slot)
@@ -102,7 +107,7 @@ def _produce(
     buffers, barriers, queue, positions = shared
     counters, words, words_full, words_empty = queue
     q_buffers, v_buffers = buffers[0], buffers[2]
-    q_full, q_empty, v_full, v_empty = barriers[0], barriers[1], barriers[4], barriers[5]
+    q_full, q_empty, v_full = barriers[0], barriers[1], barriers[3]
     rows, runs, order, turns, q_starts, kv_starts = lists
     heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b = shape[:6]
     together, total_heads, leading = shape[6:]
@@ -160,7 +165,7 @@ def _produce(
                     gl.load(listed + 2), full, runs, starts,
                     PARTIAL or score_mod is not None, IN_ORDER, BLOCK_N, TILES_N, STAGES,
                 )  # fmt: skip
-                _load_v(v, v_buffers, v_full, v_empty, b, kv_head, previous, loaded - 1, STAGES)
+                _load_v(v, v_buffers, v_full, b, kv_head, previous, loaded - 1, STAGES)
         work = upcoming
     slot = given % 2
     mbarrier.wait(words_empty.index(slot), (given // 2 & 1) ^ 1)
@@ -237,7 +242,7 @@ def _step(
 ):  # fmt: skip
     """Scores and weights of tile `number`, while the weights before it meet their values."""
     acc, p, m, l = carry
-    k_full, k_empty, v_full, v_empty = barriers[2], barriers[3], barriers[4], barriers[5]
+    k_full, v_full = barriers[2], barriers[3]
     slot, turn = number % STAGES, number // STAGES & 1
     v_slot, v_turn = (number - 1) % STAGES, (number - 1) // STAGES & 1
     mbarrier.wait(k_full.index(slot), turn)
@@ -250,13 +255,13 @@ def _step(
     if MASKED or score_mod is not None:
         kv_start = read_word(positions, slot)
     s = warpgroup_mma_wait(1, deps=(s,))
-    mbarrier.arrive(k_empty.index(slot), count=1)
+    come(FIRST_BARRIER + slot, HANDOVER)
     p, m, l, shrink = _softmax(
         s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
         MASKED, mask_mod, score_mod, BLOCK_N, S,
     )  # fmt: skip
     acc = warpgroup_mma_wait(0, deps=(adding,))
-    mbarrier.arrive(v_empty.index(v_slot), count=1)
+    come(FIRST_BARRIER + STAGES + v_slot, HANDOVER)
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
     return acc, packed(p, k_tiles.dtype), m, l
 
@@ -282,7 +287,7 @@ def _consume(
     buffers, barriers, queue, positions = shared
     words, words_full, words_empty = queue[1], queue[2], queue[3]
     q_buffers, k_buffers, v_buffers = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    q_full, q_empty, k_full, v_full = barriers
     q_len, q_limit, kv_limit = lengths
     heads = shape[0]
     q_tile = q_buffers.index(GROUP)._reinterpret(dtype, [ROWS, D_PAD], Q_LAYOUT)
@@ -317,7 +322,7 @@ def _consume(
             if PARTIAL or score_mod is not None:
                 kv_start = read_word(positions, slot)
             s = warpgroup_mma_wait(0, deps=(s,))
-            mbarrier.arrive(k_empty.index(slot), count=1)
+            come(FIRST_BARRIER + slot, HANDOVER)
             p, m, l, shrink = _softmax(
                 s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables,
                 score_tables, PARTIAL, mask_mod, score_mod, BLOCK_N, S,
@@ -347,7 +352,7 @@ def _consume(
             v_tile = v_buffers.index(v_slot)._reinterpret(dtype, [BLOCK_N, DV_PAD], V_LAYOUT)
             acc = warpgroup_mma(unpacked(p16, dtype, P), v_tile, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(v_empty.index(v_slot), count=1)
+            come(FIRST_BARRIER + STAGES + v_slot, HANDOVER)
             l = gl.where(q_position < q_limit, l, 0.0)  # padding sees nothing
         _write(
             results, acc, gl.convert_layout(m, gl.SliceLayout(1, O)),
@@ -462,9 +467,7 @@ def hopper_forward_kernel(
     q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], barrier)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     words_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     words_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -475,14 +478,12 @@ def hopper_forward_kernel(
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=GROUPS)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=GROUPS)
     for i in gl.static_range(2):
         mbarrier.init(words_full.index(i), count=1)
         mbarrier.init(words_empty.index(i), count=GROUPS)
     shared = (
-        (q_buffers, k_buffers, v_buffers), (q_full, q_empty, k_full, k_empty, v_full, v_empty),
+        (q_buffers, k_buffers, v_buffers), (q_full, q_empty, k_full, v_full),
         (counters, words, words_full, words_empty), positions,
     )  # fmt: skip
     lists = (rows, runs, order, turns, q_starts, kv_starts)

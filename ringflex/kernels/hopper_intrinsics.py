@@ -25,12 +25,26 @@ def obstacle() -> str | None:
 
 
 @gluon.jit
-def named_barrier_wait(ID: gl.constexpr, THREADS: gl.constexpr):
-    """Waits at a named barrier until `THREADS` have come to it, these among them."""
+def come(barrier, THREADS: gl.constexpr):
+    """Comes to a named barrier, by its number, and goes on: warp by warp, where `mbarrier.arrive`
+    has a warpgroup's warps wait for one another."""
     return gl.inline_asm_elementwise(
-        "bar.sync " + ID + ", " + THREADS + "; mov.u32 $0, 0;",
-        "=r",
-        [],
+        "bar.arrive $1, " + THREADS + "; mov.u32 $0, 0;",
+        "=r,r",
+        [barrier],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def wait_for(barrier, THREADS: gl.constexpr):
+    """Waits at a named barrier, by its number, until `THREADS` have come, these among them."""
+    return gl.inline_asm_elementwise(
+        "bar.sync $1, " + THREADS + "; mov.u32 $0, 0;",
+        "=r,r",
+        [barrier],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
