@@ -180,7 +180,7 @@ def _scores(
     MASKED: gl.constexpr, PADDED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr,
     BLOCK_N: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile of raw products, in base 2 if there is a score mod, -inf where hidden.
+    """Scores of a tile of raw products, scaled if there is a score mod, -inf where hidden.
 
     PADDED: the tile reaches beyond the last key; a mod is asked only about valid positions.
     """
@@ -190,7 +190,7 @@ def _scores(
         if PADDED:
             at_kv = gl.minimum(kv_idx, kv_limit - 1)
     if score_mod is not None:
-        s = score_mod(s * scale, b, h, q_idx, at_kv, score_tables) * LOG2E
+        s = score_mod(s * scale, b, h, q_idx, at_kv, score_tables)
     if MASKED:
         if mask_mod is not None:
             s = gl.where(mask_mod(b, h, q_idx, at_kv, mask_tables), s, float("-inf"))
@@ -222,12 +222,10 @@ def _softmax(
             s, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
             False, False, mask_mod, score_mod, BLOCK_N, S,
         )  # fmt: skip
-    if score_mod is not None:
-        top = gl.maximum(m, gl.max(s, axis=1))
-        p = gl.exp2(s - top[:, None])
-    else:  # scale > 0, so it may be taken out of the maximum; one multiply-add per score
-        top = gl.maximum(m, gl.max(s, axis=1) * (scale * LOG2E))
-        p = gl.exp2(s * (scale * LOG2E) - top[:, None])
+    # A positive factor may be taken out of the maximum: one multiply-add per score.
+    factor = scale * LOG2E if score_mod is None else LOG2E
+    top = gl.maximum(m, gl.max(s, axis=1) * factor)
+    p = gl.exp2(s * factor - top[:, None])
     shrink = gl.exp2(m - top)
     return p, top, l * shrink + gl.sum(p, axis=1), shrink
 

@@ -44,6 +44,7 @@ _STAYS = 128  # queries of a forward tile, keys of a backward tile
 _GROUP = 64  # of them, to a warpgroup
 _REGISTERS = (240, 24)  # per thread of the consumers and the producer
 _LARGEST_BACKWARD_DIM = 128
+_TOGETHER = 4  # K/V heads in the backward, whose queries, dout and dQ share the L2 cache
 
 
 def forward(
@@ -158,7 +159,7 @@ def backward(
                 *setup.key_lists(lists), setup.mask_mod.tables, *setup.lengths[1:],
                 terms.delta.shape[2], setup.kv_heads, setup.group, lists.blocks,
                 *setup.row_strides(lists), *setup.order_strides(lists), setup.kv_stride,
-                1, heads, leading_tiles(lists, tiles_n, heads, q.device),
+                _TOGETHER, heads, leading_tiles(lists, tiles_n, heads, q.device),
             ),
             (
                 setup.mask_mod.function, score_function, score_gradient, ADD.value,
