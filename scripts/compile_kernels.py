@@ -29,10 +29,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 import ringflex as rf
-from ringflex.kernels import triton_kernel, triton_setup
+from ringflex.kernels import hopper_kernel, triton_kernel, triton_setup
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
 from ringflex.kernels.stages import Stage
 from ringflex.kernels.triton_launch import Prepared
@@ -55,9 +56,10 @@ class Configuration:
 
     Attributes:
         kernel: forward, merge (with a result before), key, query, one_pass, row_terms; staged and
-            staged_query: the forward and dQ of one step of several.
-        mods: "none" (a causal mask), "documents" (and causal), "score" (softcap), "captures"
-            (documents and ALiBi with gradients).
+            staged_query: the forward and dQ of one step of several. Those for Hopper:
+            hopper_forward, hopper_merge, hopper_staged, hopper_backward.
+        mods: "none" (a causal mask), "full" (nor that), "documents" (and causal), "score"
+            (softcap), "captures" (documents and ALiBi with gradients).
     """
 
     target: str
@@ -102,12 +104,32 @@ def configurations() -> Iterator[Configuration]:
                 yield replace(base, target=target, kernel=kernel, dtype=torch.float32, D=D, Dv=D)
 
 
+def hopper_configurations() -> Iterator[Configuration]:
+    base = Configuration(target="sm_90", kernel="", dtype=torch.bfloat16, D=128, Dv=128, mods="")
+    for D in (64, 128):
+        for kernel in ("hopper_forward", "hopper_backward"):
+            common = ("documents", "score") if D == 128 else ()
+            for mods in ("full", "none", "captures", *common):
+                yield replace(base, kernel=kernel, D=D, Dv=D, mods=mods)
+    for kernel in ("hopper_merge", "hopper_staged"):
+        yield replace(base, kernel=kernel, mods="none")
+    for D, Dv in ((80, 80), (192, 128), (256, 256)):
+        yield replace(base, kernel="hopper_forward", D=D, Dv=Dv, mods="none")
+    for D, Dv in ((16, 16), (128, 64)):
+        yield replace(base, kernel="hopper_backward", D=D, Dv=Dv, mods="none", dtype=torch.float16)
+
+
+def all_configurations() -> Iterator[Configuration]:
+    yield from configurations()
+    yield from hopper_configurations()
+
+
 def launch_of(c: Configuration) -> Launch:
     """The launch that the library makes for a configuration."""
     S, Hq, Hkv = 256, 2, 1
     make = lambda H, D: torch.zeros(1, H, S, D, dtype=c.dtype)
     q, k, v, dout = make(Hq, c.D), make(Hkv, c.D), make(Hkv, c.Dv), make(Hq, c.Dv)
-    mask, score = rf.causal(), None
+    mask, score = rf.full() if c.mods == "full" else rf.causal(), None
     slopes = torch.ones(Hq, requires_grad=True)
     if c.mods == "score":
         score = trace_score(rf.softcap(20.0), torch.float32)
@@ -125,19 +147,23 @@ def launch_of(c: Configuration) -> Launch:
             found.append(Launch(kernel=self._kernel, arguments=arguments, tile=self.tile))
 
     where = lambda _: TARGETS[c.target][1]
+    hopper = c.kernel.startswith("hopper")
+    kind = c.kernel.removeprefix("hopper_")
+    module = hopper_kernel if hopper else triton_kernel
     with (
         mock.patch.object(triton_kernel, "Prepared", Recorded),
+        mock.patch.object(hopper_kernel, "Prepared", Recorded),
         mock.patch.object(triton_setup, "architecture", where),
     ):
         out, lse = torch.zeros(1, Hq, S, c.Dv, dtype=c.dtype), torch.zeros(1, Hq, S)
         stage = None
-        if c.kernel.startswith("staged"):
+        if kind.startswith("staged"):
             turns = np.ones((1, 1, block_mask.q_blocks), dtype=np.int32)
             stage = Stage(turns=turns, block_size=block_mask.block_size[0])
-        if c.kernel in ("forward", "merge", "staged"):
+        if kind in ("forward", "merge", "staged"):
             earlier = Partial(out.float(), lse.double())
-            before = earlier if c.kernel == "merge" else None
-            triton_kernel.forward(
+            before = earlier if kind == "merge" else None
+            module.forward(
                 q, k, v, block_mask, score, 0.1, before, Partial(out, lse), options, stage, earlier
             )
             return found[0]
@@ -149,8 +175,9 @@ def launch_of(c: Configuration) -> Launch:
             dcaptures=[torch.zeros(Hq)] if c.mods == "captures" else [],
             stage=stage, running_q=None if stage is None else q.float(),
         )  # fmt: skip
-        triton_kernel.backward(dout, q, k, v, terms, block_mask, score, 0.1, gradients, options)
+        module.backward(dout, q, k, v, terms, block_mask, score, 0.1, gradients, options)
     wanted = "query_kernel" if c.kernel.endswith("query") else "key_kernel"
+    wanted = "hopper_backward_kernel" if hopper else wanted
     return next(launch for launch in found if launch.kernel.__name__ == wanted)
 
 
@@ -164,7 +191,8 @@ def compile_for(launch: Launch, target: GPUTarget) -> Any:
     parsed, signature, constants, attributes = fn._pack_args(
         backend, options, bound, specialization, given
     )
-    source = ASTSource(fn, signature, constants, attributes)
+    kind = GluonASTSource if fn.is_gluon() else ASTSource
+    source = kind(fn, signature, constants, attributes)
     return triton.compile(source, target=target, options=parsed.__dict__)
 
 
@@ -218,7 +246,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="configurations whose name holds this")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    chosen = [c for c in configurations() if arguments.only in str(c)]
+    chosen = [c for c in all_configurations() if arguments.only in str(c)]
     with ProcessPoolExecutor(arguments.processes) as pool:
         rows = dict(zip(map(str, chosen), pool.map(_attempt, chosen), strict=True))
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
@@ -236,7 +264,7 @@ def main() -> None:
         if failed:
             sys.exit(f"nothing is recorded: {len(failed)} configurations failed")
         budget |= {name: row["spilled"] for name, row in rows.items()}
-        everything = set(map(str, configurations()))
+        everything = set(map(str, all_configurations()))
         kept = {name: n for name, n in sorted(budget.items()) if n and name in everything}
         BUDGET.write_text(json.dumps(kept, indent=1) + "\n")
     print(f"{len(rows)} configurations compiled, {len(failed)} failed")

@@ -140,7 +140,7 @@ def backward(
     dq = sum_of_queries(g)
     score_function = None if mod is None else mod.function()
     D, Dv, D_PAD, DV_PAD = _dims(setup)
-    block_m = 128 if max(D, Dv) <= 64 else 64
+    block_m = 128 if max(D, Dv) <= 64 and mod is None else 64  # what registers allow
     key = (
         "hopper backward", kind_of(mod), score_function, dout.stride(), g.dk.dtype, g.dk.stride(),
         g.dv.stride(), tuple(wanted), alignment(g.dk, g.dv),
