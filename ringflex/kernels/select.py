@@ -101,8 +101,10 @@ def _no_hopper(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major != 9:
         return f"the GPU is sm_{major}{minor}, not sm_90"
-    from ringflex.kernels.hopper_intrinsics import obstacle
-
+    try:
+        from ringflex.kernels.hopper_intrinsics import obstacle
+    except (ImportError, AttributeError) as problem:
+        return f"this Triton has another Gluon: {problem}"
     return obstacle()
 
 

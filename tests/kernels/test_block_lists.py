@@ -49,6 +49,17 @@ def test_every_visible_block_once(name: str, transposed: bool) -> None:
 
 
 @pytest.mark.parametrize("name", MASKS)
+def test_descending_lists_count_from_the_end(name: str) -> None:
+    mask = block_mask(name)
+    lists, backwards = (key_lists(mask, 2, CPU, descending=d) for d in (False, True))
+    assert torch.equal(lists.order, backwards.order)
+    for row in range(lists.rows.shape[0]):
+        for kind in (0, 1):
+            seen = [mask.q_blocks - 1 - block for block in visits(backwards, row, kind)]
+            assert seen == visits(lists, row, kind)[::-1]
+
+
+@pytest.mark.parametrize("name", MASKS)
 def test_longest_rows_first(name: str) -> None:
     mask = block_mask(name)
     lists = query_lists(mask, CPU)
@@ -56,6 +67,7 @@ def test_longest_rows_first(name: str) -> None:
     for group, order in zip(work.view(-1, lists.blocks), lists.order, strict=True):
         assert order.sort()[0].tolist() == list(range(lists.blocks))
         assert (group[order.long()].diff() <= 0).all()
+    assert lists.work.sum() == pytest.approx(work.sum().item() / lists.order.shape[0])
 
 
 def test_heads_of_a_group_share_an_order() -> None:

@@ -1,6 +1,7 @@
 """Which kernel is chosen, why, and what is refused."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,10 @@ def test_automatic() -> None:
     on_cpu = choose("auto", device=torch.device("cpu"))
     assert (on_cpu.kernel, on_cpu.reason) == (eager, "the inputs are on a CPU")
     if DEVICE.type == "cuda":
-        assert (choose("auto").kernel, choose("auto").reason) == (triton_kernel, "a GPU")
+        chosen = choose("auto")
+        assert (chosen.kernel, chosen.reason[:5]) == (triton_kernel, "a GPU")
+        hopper = torch.cuda.get_device_capability()[0] == 9
+        assert choose("auto", dtype=torch.float16).name == ("hopper" if hopper else "triton")
 
 
 def no_rule(s, b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
@@ -65,6 +69,38 @@ def test_obstacles(arguments: dict[str, object], text: str) -> None:
         with pytest.warns(UserWarning, match="falls back to backend='eager'"):
             chosen = choose("auto", **arguments)
         assert chosen.kernel is eager and text in chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"dtype": torch.float32}, "the inputs are torch.float32"),
+        ({"block_size": 64}, "blocks of (64, 64) tokens are not multiples of 128"),
+        ({"device": torch.device("cpu")}, "there is no Hopper GPU"),
+    ],
+)
+def test_obstacles_to_hopper(arguments: dict[str, Any], text: str) -> None:
+    arguments = {"dtype": torch.float16} | arguments
+    if DEVICE.type == "cuda" and "device" in arguments:
+        pytest.skip("Triton's interpreter is off")
+    with pytest.raises(NotImplementedError) as caught:
+        choose("hopper", **arguments)
+    assert str(caught.value) == f"backend='hopper': {text}"
+    assert choose("triton", **arguments).kernel is triton_kernel
+    if DEVICE.type == "cuda":
+        chosen = choose("auto", **arguments)
+        assert chosen.kernel is triton_kernel and text in chosen.reason
+
+
+def test_hopper_kernels_know_their_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    from ringflex.kernels.hopper_intrinsics import obstacle
+
+    for version, known in (("3.6.0", True), ("3.6.1+git", True), ("3.60.0", False)):
+        monkeypatch.setattr(triton, "__version__", version)
+        assert (obstacle() is None) == known
+    assert obstacle() == "the Hopper kernels know Triton 3.6, not 3.60.0"
 
 
 def test_no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

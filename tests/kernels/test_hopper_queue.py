@@ -1,0 +1,55 @@
+"""The queue of the Hopper kernels: every tile once, and nobody left with a long one in the end."""
+
+import heapq
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import ringflex as rf
+from ringflex.kernels import hopper_common
+from ringflex.kernels.block_lists import key_lists, query_lists
+from ringflex.kernels.hopper_launch import leading_tiles, multiprocessors
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def head_and_place(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """The device function, run by Python."""
+    monkeypatch.setattr(hopper_common, "gl", SimpleNamespace(minimum=min))
+    return hopper_common.head_and_place.fn
+
+
+@pytest.mark.parametrize("together", [1, 3, 4])
+@pytest.mark.parametrize("leading", [0, 1, 5, 9])
+@pytest.mark.parametrize("heads", [1, 4, 10])
+def test_every_tile_once(together: int, leading: int, heads: int, head_and_place) -> None:  # type: ignore[no-untyped-def]
+    tiles = [head_and_place(work, together, heads, leading) for work in range(heads * 9)]
+    assert sorted(tiles) == [(head, place) for head in range(heads) for place in range(9)]
+    for head in range(heads):  # the longest first
+        places = [place for h, place in tiles if h == head]
+        assert places == sorted(places)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("mask", ["causal", "documents", "full"])
+def test_programs_end_together(mask: str, transposed: bool, head_and_place) -> None:  # type: ignore[no-untyped-def]
+    """With the work of each tile known, the last program ends within a tenth of the average."""
+    S, heads = 16_384, 32
+    lengths = [3000, 700, 5000, 100, 2500, 1000, 4000, 84]
+    mod = {
+        "causal": rf.causal(),
+        "documents": rf.causal() & rf.document_from_lengths(lengths),
+        "full": rf.full(),
+    }[mask]
+    block_mask = rf.create_block_mask(mod, None, None, S, S)
+    make = key_lists if transposed else lambda mask, groups, device: query_lists(mask, device)
+    lists = make(block_mask, 1, CPU)
+    leading = leading_tiles(lists, 1, heads, CPU)
+    busy = [0.0] * multiprocessors(CPU)
+    for work in range(heads * lists.blocks):
+        _, place = head_and_place(work, 4, heads, leading)
+        heapq.heappush(busy, heapq.heappop(busy) + lists.work[place] + 1)
+    assert max(busy) < 1.1 * np.mean(busy)
