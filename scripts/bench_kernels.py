@@ -1,12 +1,13 @@
-"""Times the Triton kernel beside torch's FlexAttention and SDPA, on one GPU.
+"""Times the kernels for GPUs beside torch's FlexAttention, SDPA and FlashAttention-4, on one GPU.
 
     python scripts/bench_kernels.py                             # everything: half an hour
     python scripts/bench_kernels.py --dims 128 --lengths 16384  # a part
     python scripts/bench_kernels.py --tiles                     # which tiles are fastest
 
-Contenders: ringflex, torch's FlexAttention (compiled, Triton backend; its FA4 backend where
-`flash-attn-4` is installed), SDPA's FlashAttention-2 and cuDNN where they can run the mask. All are
-timed in one process, in turn, so only ratios between them count. First their errors against an fp64
+Contenders: ringflex (on a Hopper GPU its Hopper kernels, and beside them the portable ones),
+torch's FlexAttention (compiled, Triton backend; its FA4 backend where `flash-attn-4` is installed),
+SDPA's FlashAttention-2 and cuDNN, and FA4 itself, where they can run the mask. All are timed in one
+process, in turn, so only ratios between them count. First their errors against an fp64
 reference are compared: ringflex may not err more than 1.05 times as much as FlexAttention.
 
 Prints a table, and writes JSON and a plot to `benchmarks/results/`. TFLOP/s count visible pairs:
@@ -46,7 +47,7 @@ from ringflex.reference import reference_attention_with_gradients
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 MASKS = ("full", "causal", "window", "documents", "alibi", "softcap", "prefix")
 TILED_MASKS = ("causal", "softcap", "full")
-OURS, FLEX = "ringflex", "torch flex"
+OURS, PORTABLE, FLEX = "ringflex", "ringflex, portable", "torch flex"
 WINDOW = 4096
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -123,12 +124,14 @@ def contenders(spec: Spec, p: Problem, peers: bool = True) -> Iterator[tuple[str
     if p.mask_mod is not None:
         ours = rf.create_block_mask(p.mask_mod, None, None, S, S)
 
-    def ringflex(**options: Any) -> Run:
+    def ringflex(backend: str = "auto", **options: Any) -> Run:
         return lambda q, k, v: rf.flex_attention(
-            q, k, v, p.score_mod, ours, enable_gqa=True, kernel_options=options
+            q, k, v, p.score_mod, ours, enable_gqa=True, kernel_options=options, backend=backend
         )
 
     yield OURS, ringflex()
+    if torch.cuda.get_device_capability()[0] == 9:
+        yield PORTABLE, ringflex("triton")
     if spec.mask == "softcap":
         yield f"{OURS}, approximate tanh", ringflex(approximate_tanh=True)
     theirs = None
@@ -146,6 +149,8 @@ def contenders(spec: Spec, p: Problem, peers: bool = True) -> Iterator[tuple[str
         return
     if _importable("flash_attn.cute"):
         yield "torch flex, FA4", flex(BACKEND="FLASH")
+        if spec.mask in ("full", "causal", "window"):
+            yield "FA4", _fa4(spec.mask)
     if spec.mask in ("full", "causal"):
         for name, backend in (
             ("SDPA FA2", SDPBackend.FLASH_ATTENTION),
@@ -160,6 +165,19 @@ def _sdpa(backend: SDPBackend, causal: bool) -> Run:
             return torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=causal, enable_gqa=True
             )
+
+    return run
+
+
+def _fa4(mask: str) -> Run:
+    from flash_attn.cute import flash_attn_func
+
+    window = (WINDOW - 1, 0) if mask == "window" else (None, None)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens_first = [x.transpose(1, 2) for x in (q, k, v)]
+        out = flash_attn_func(*tokens_first, causal=mask == "causal", window_size=window)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
     return run
 
@@ -317,7 +335,7 @@ def work(what: str, specs: list[Spec]) -> None:
             print(json.dumps(check(spec)), flush=True)
             continue
         *leaves, dout = inputs(spec)
-        runs = (run for _, run in contenders(spec, problem(spec), peers=False))
+        runs = (run for _, run in contenders(spec, problem(spec)))
         if what == "compile tiles":
             runs = (run for kernel in CANDIDATES for _, run in tiled(spec, kernel))
         for run in runs:
