@@ -2,6 +2,7 @@
 
     PYTHONPATH=tests python tests/gpu/hopper_cases.py 0 14      # the first of 14 shares
     PYTHONPATH=tests python tests/gpu/hopper_cases.py launches  # 10,000 launches, the same bits
+    PYTHONPATH=tests compute-sanitizer --tool memcheck python tests/gpu/hopper_cases.py few
 
 Every mask, every score and every head dim, then 500 random cases of few enough kinds that kernels
 compile in a minute: no mask or score of those has a number in it that differs from case to case.
@@ -71,6 +72,21 @@ def groups() -> Iterator[list[tuple[Case, str]]]:
         yield from (cases[n : n + 10] for n in range(0, len(cases), 10))
 
 
+def few() -> list[tuple[Case, str]]:
+    """One of each configuration, for compute-sanitizer, which is slow."""
+    large = replace(BASE, B=1, seq_len=200, D=128, Dv=128)
+    return [
+        (replace(large, D=64, Dv=64), ""),
+        (replace(large, D=80, Dv=80, dtype=torch.float16), ""),
+        (replace(large, D=192), ""),
+        (replace(large, D=256, Dv=256), ""),
+        (replace(large, mask="causal documents", score="alibi", sinks=True), ""),
+        (replace(large, mask="mixed heads", score="composed", bshd=True), ""),
+        (replace(large, mask="tree", dlse=False), "ring"),
+        (replace(large, mask="nothing"), ""),
+    ]
+
+
 def check(case: Case, strategy: str) -> None:
     """On one device, or by two ranks simulated in this process, whose results merge."""
     p = case.build(device=DEVICE)
@@ -118,9 +134,13 @@ def main() -> None:
     if sys.argv[1] == "launches":
         launches()
         return
-    share, of = int(sys.argv[1]), int(sys.argv[2])
+    if sys.argv[1] == "few":
+        share, chosen = "few", [few()]
+    else:
+        share, of = sys.argv[1], int(sys.argv[2])
+        chosen = list(groups())[int(share) :: of]
     failed = count = 0
-    for group in list(groups())[share::of]:
+    for group in chosen:
         for case, strategy in group:
             count += 1
             try:
