@@ -48,6 +48,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 MASKS = ("full", "causal", "window", "documents", "alibi", "softcap", "prefix")
 TILED_MASKS = ("causal", "softcap", "full")
 OURS, PORTABLE, FLEX = "ringflex", "ringflex, portable", "torch flex"
+WITHOUT: list[str] = []  # contenders that take long to compile
 WINDOW = 4096
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -135,7 +136,7 @@ def contenders(spec: Spec, p: Problem, peers: bool = True) -> Iterator[tuple[str
     if spec.mask == "softcap":
         yield f"{OURS}, approximate tanh", ringflex(approximate_tanh=True)
     theirs = None
-    if p.mask_mod is not None:
+    if p.mask_mod is not None and FLEX not in WITHOUT:
         theirs = torch_block_mask(p.mask_mod, None, None, S, S, device="cuda", _compile=S > 20_000)
 
     def flex(**options: Any) -> Run:
@@ -144,11 +145,13 @@ def contenders(spec: Spec, p: Problem, peers: bool = True) -> Iterator[tuple[str
             q, k, v, p.score_mod, theirs, enable_gqa=True, kernel_options=options or None
         )
 
-    yield FLEX, flex()
+    if FLEX not in WITHOUT:
+        yield FLEX, flex()
     if not peers:
         return
     if _importable("flash_attn.cute"):
-        yield "torch flex, FA4", flex(BACKEND="FLASH")
+        if FLEX not in WITHOUT:
+            yield "torch flex, FA4", flex(BACKEND="FLASH")
         if spec.mask in ("full", "causal", "window"):
             yield "FA4", _fa4(spec.mask)
     if spec.mask in ("full", "causal"):
@@ -321,6 +324,7 @@ def in_processes(what: str, specs: list[Spec], processes: int) -> list[dict[str,
     for i in range(min(processes, len(specs))):
         part = json.dumps([asdict(s) for s in specs[i::processes]])
         command = [sys.executable, __file__, "--work", what, "--specs", part]
+        command += ["--without-flex"] if WITHOUT else []
         children.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     lines = [line for child in children for line in child.communicate()[0].splitlines()]
     failed = [child.returncode for child in children if child.returncode]
@@ -423,6 +427,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--tiles", action="store_true", help="only find the fastest tiles")
     parser.add_argument("--no-peers", action="store_true", help="only ringflex and FlexAttention")
+    parser.add_argument("--without-flex", action="store_true", help="nor FlexAttention; no check")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json")
     parser.add_argument("--merge", action="store_true", help="add to what the output holds")
@@ -431,6 +436,9 @@ def main() -> None:
     parser.add_argument("--specs", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if arguments.without_flex:
+        WITHOUT.append(FLEX)
+        arguments.no_check = True
     if not torch.cuda.is_available():
         sys.exit("bench_kernels.py needs a GPU")
     if arguments.work:
@@ -463,7 +471,7 @@ def main() -> None:
     in_processes("compile", [s for s in specs if s.tokens <= 20_000], processes)
     in_processes("compile", [s for s in specs if s.tokens > 20_000], min(5, processes))
     print(f"compiled after {time.time() - started:.0f} s", flush=True)
-    if not record["host_overhead_us"]:
+    if not record["host_overhead_us"] and not WITHOUT:
         record["host_overhead_us"] = host_overhead()
         for name, value in record["host_overhead_us"].items():
             print(f"host overhead, {name}: {value:.0f} us", flush=True)
@@ -478,7 +486,8 @@ def main() -> None:
         print(table(rows).splitlines()[-1], flush=True)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-    plot(record["rows"], arguments.output.with_suffix(".png"))
+    if not WITHOUT:
+        plot(record["rows"], arguments.output.with_suffix(".png"))
     print(table(record["rows"]))
     print(f"done after {time.time() - started:.0f} s")
 

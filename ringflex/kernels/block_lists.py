@@ -29,6 +29,7 @@ class BlockLists(NamedTuple):
         any_partial: whether there is any partial block.
         work: blocks that rows visit, by their place in `order`: float `[blocks]`, the mean of all
             groups.
+        begin_together: whether most rows begin with the same block as the row before.
     """
 
     rows: Tensor
@@ -37,6 +38,7 @@ class BlockLists(NamedTuple):
     blocks: int
     any_partial: bool
     work: Array
+    begin_together: bool
 
 
 class Positions(NamedTuple):
@@ -111,7 +113,16 @@ def _lists(
     return BlockLists(
         _to(rows, device), _to(runs, device), _to(order, device), blocks, bool(counts[0].any()),
         np.take_along_axis(work, order, axis=1).mean(axis=0) / together,
+        _begin_together(full, partial),
     )  # fmt: skip
+
+
+def _begin_together(*lists: Runs) -> bool:
+    first = np.full(lists[0].rows, np.iinfo(np.int64).max)
+    for runs in lists:
+        np.minimum.at(first, runs.row, runs.start)
+    first = first[first < np.iinfo(np.int64).max]
+    return bool(2 * np.count_nonzero(first[1:] == first[:-1]) >= first.size - 1)
 
 
 def _from_the_end(runs: Runs, columns: int) -> Runs:

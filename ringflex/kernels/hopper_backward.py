@@ -111,10 +111,9 @@ def _produce(
     rows, runs, order, q_starts, kv_starts = lists
     padded_len = lengths[3]
     last = padded_len // BLOCK_M - 1
-    kv_heads, group, blocks, row_stride_b, row_stride_h = shape[:5]
-    order_stride_b, order_stride_h, kv_stride_b, together, total_heads, leading = shape[5:]
+    kv_heads, group, members, blocks, row_stride_b, row_stride_h = shape[:6]
+    order_stride_b, order_stride_h, kv_stride_b, together, total_heads, leading = shape[6:]
     total = total_heads * blocks * TILES_N
-    members = 1 if row_stride_h > 0 else group
     work = gl.program_id(0)
     loaded = gl.to_tensor(0)
     given = gl.to_tensor(0)
@@ -150,8 +149,6 @@ def _produce(
                 v, [b, kv_head, start + c * KEYS, 0], kv_full.index(0), v_buffers.index(c)
             )
         given += 1
-        # Heads that see the same follow one another tile by tile: programs that began together
-        # stay together, and the queries are in the L2 cache.
         for first in range(0, group, members):
             of_heads = listed + 4 * first * row_stride_h
             if PARTIAL:
@@ -357,7 +354,7 @@ def _write(
 
 @gluon.jit(
     do_not_specialize=[
-        "kv_len", "q_limit", "kv_limit", "padded_len", "kv_heads", "group", "blocks",
+        "kv_len", "q_limit", "kv_limit", "padded_len", "kv_heads", "group", "members", "blocks",
         "row_stride_b", "row_stride_h", "order_stride_b", "order_stride_h", "kv_stride_b",
         "together", "total_heads", "leading",
     ]
@@ -365,7 +362,7 @@ def _write(
 def hopper_backward_kernel(
     q, k, v, dout, lse, delta, dq, dk, dv, counters, score_tables, into, scale,
     rows, runs, order, q_starts, kv_starts, mask_tables,
-    kv_len, q_limit, kv_limit, padded_len, kv_heads, group, blocks,
+    kv_len, q_limit, kv_limit, padded_len, kv_heads, group, members, blocks,
     row_stride_b, row_stride_h, order_stride_b, order_stride_h, kv_stride_b, together,
     total_heads, leading,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
@@ -379,8 +376,9 @@ def hopper_backward_kernel(
     q, dout: descriptors of `[1, 1, BLOCK_M, padded dim]`. k, v: of `[1, 1, 64, padded dim]`.
     lse, delta: the row terms, flat, by descriptors of `[BLOCK_M]`. dq: fp32, contiguous, zeros at
     first, by a descriptor of `[1, 1, BLOCK_M, padded dim / 2]`. dk, dv: (pointer, strides).
-    counters, together, total_heads (of keys), leading: as in `hopper_forward_kernel`. The rest
-    as in `triton_backward.key_kernel`.
+    members: query heads, which see the same, that follow one another tile by tile; a divisor of
+    group. counters, together, total_heads (of keys), leading: as in `hopper_forward_kernel`. The
+    rest as in `triton_backward.key_kernel`.
     """
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_M], q.dtype)
     q_buffers = gl.allocate_shared_memory(q.dtype, [STAGES] + q.block_type.shape, q.layout)
@@ -418,8 +416,8 @@ def hopper_backward_kernel(
     lists = (rows, runs, order, q_starts, kv_starts)
     lengths = (kv_len, q_limit, kv_limit, padded_len)
     shape = (
-        kv_heads, group, blocks, row_stride_b, row_stride_h, order_stride_b, order_stride_h,
-        kv_stride_b, together, total_heads, leading,
+        kv_heads, group, members, blocks, row_stride_b, row_stride_h, order_stride_b,
+        order_stride_h, kv_stride_b, together, total_heads, leading,
     )  # fmt: skip
     # All three times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(

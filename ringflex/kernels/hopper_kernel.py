@@ -44,7 +44,6 @@ _STAYS = 128  # queries of a forward tile, keys of a backward tile
 _GROUP = 64  # of them, to a warpgroup
 _REGISTERS = (240, 24)  # per thread of the consumers and the producer
 _LARGEST_BACKWARD_DIM = 128
-_TOGETHER = 4  # K/V heads in the backward, whose queries, dout and dQ share the L2 cache
 
 
 def forward(
@@ -149,6 +148,9 @@ def backward(
     if ready is None:
         lists = key_lists(mask, setup.group, q.device, descending=True)
         tiles_m, tiles_n = mask.block_size[0] // block_m, mask.block_size[1] // _STAYS
+        # Programs that walk the same queries at the same time take all heads of a tile at once;
+        # those that do not, head by head: so what they share is in the L2 cache.
+        members = setup.group if lists.begin_together and mask.H == 1 else 1
         score_gradient = None
         if mod is not None:
             score_gradient = mod.gradient(wanted or [False] * len(mod.tables))
@@ -157,9 +159,9 @@ def backward(
             (min(tiles, multiprocessors(q.device)), 1, 1),
             (
                 *setup.key_lists(lists), setup.mask_mod.tables, *setup.lengths[1:],
-                terms.delta.shape[2], setup.kv_heads, setup.group, lists.blocks,
+                terms.delta.shape[2], setup.kv_heads, setup.group, members, lists.blocks,
                 *setup.row_strides(lists), *setup.order_strides(lists), setup.kv_stride,
-                _TOGETHER, heads, leading_tiles(lists, tiles_n, heads, q.device),
+                1, heads, leading_tiles(lists, tiles_n, heads, q.device),
             ),
             (
                 setup.mask_mod.function, score_function, score_gradient, ADD.value,
