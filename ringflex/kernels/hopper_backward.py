@@ -8,7 +8,7 @@ through shared memory, and each group computes half of dQ's columns from both ha
 dQ is added into fp32 in global memory by TMA, in whatever order programs come to it.
 
 The scores of the next tile of queries are under way while the last products of one are. Programs
-are persistent and take tiles of keys from a queue (`hopper_common`).
+take tiles of keys from a queue (`hopper_common`).
 """
 
 from __future__ import annotations
@@ -112,13 +112,17 @@ def _produce(
     padded_len = lengths[3]
     last = padded_len // BLOCK_M - 1
     kv_heads, group, members, blocks, row_stride_b, row_stride_h = shape[:6]
-    order_stride_b, order_stride_h, kv_stride_b, together, total_heads, leading = shape[6:]
+    order_stride_b, order_stride_h, kv_stride_b, together, total_heads, leading, quota = shape[6:]
     total = total_heads * blocks * TILES_N
-    work = gl.program_id(0)
+    left = quota
+    work = take(counters)
     loaded = gl.to_tensor(0)
     given = gl.to_tensor(0)
     while work < total:
-        upcoming = take(counters)
+        left -= 1
+        upcoming = total
+        if left > 0:
+            upcoming = take(counters)
         kv_head_of_all, place = head_and_place(work, together, total_heads, leading)
         b, kv_head = kv_head_of_all // kv_heads, kv_head_of_all % kv_heads
         block = gl.load(order + b * order_stride_b + kv_head * order_stride_h + place // TILES_N)
@@ -356,7 +360,7 @@ def _write(
     do_not_specialize=[
         "kv_len", "q_limit", "kv_limit", "padded_len", "kv_heads", "group", "members", "blocks",
         "row_stride_b", "row_stride_h", "order_stride_b", "order_stride_h", "kv_stride_b",
-        "together", "total_heads", "leading",
+        "together", "total_heads", "leading", "quota",
     ]
 )  # fmt: skip
 def hopper_backward_kernel(
@@ -364,14 +368,14 @@ def hopper_backward_kernel(
     rows, runs, order, q_starts, kv_starts, mask_tables,
     kv_len, q_limit, kv_limit, padded_len, kv_heads, group, members, blocks,
     row_stride_b, row_stride_h, order_stride_b, order_stride_h, kv_stride_b, together,
-    total_heads, leading,
+    total_heads, leading, quota,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: `(programs,)`, no more than there are tiles, or multiprocessors.
+    """Grid: `(programs,)`; with `quota` tiles each, they must come to all tiles.
 
     q, dout: descriptors of `[1, 1, BLOCK_M, padded dim]`. k, v: of `[1, 1, 64, padded dim]`.
     lse, delta: the row terms, flat, by descriptors of `[BLOCK_M]`. dq: fp32, contiguous, zeros at
@@ -417,7 +421,7 @@ def hopper_backward_kernel(
     lengths = (kv_len, q_limit, kv_limit, padded_len)
     shape = (
         kv_heads, group, members, blocks, row_stride_b, row_stride_h, order_stride_b,
-        order_stride_h, kv_stride_b, together, total_heads, leading,
+        order_stride_h, kv_stride_b, together, total_heads, leading, quota,
     )  # fmt: skip
     # All three times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(

@@ -1,8 +1,9 @@
 """What the Hopper kernels share: the queue of tiles, and records in shared memory.
 
-A kernel is persistent: each multiprocessor runs one program, whose producer warp takes tiles of
-work from a counter in global memory, longest first, and hands them to the consumer warps with
-whatever they need to know, while these are still busy with the tile before.
+A program's producer warp takes tiles of work from a counter in global memory, longest first, and
+hands them to the consumer warps with whatever they need to know, while these are still busy with
+the tile before. A program fills a multiprocessor: one for each takes tiles until none is left; or
+there are more, of a quota of tiles each, and between them the multiprocessor is free for transfers.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def read_word(words, index):
 
 @gluon.jit
 def take(counters):
-    """The next tile's number; programs begin with that of their own."""
-    return gl.atomic_add(counters, 1, sem="relaxed") + gl.num_programs(0)
+    """The next tile's number."""
+    return gl.atomic_add(counters, 1, sem="relaxed")
 
 
 @gluon.jit

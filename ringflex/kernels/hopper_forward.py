@@ -5,8 +5,8 @@ one warp loads tiles by TMA; two warpgroups of 64 queries each multiply asynchro
 weights in registers. While a group computes the softmax of one tile, its product of the weights
 before with their values is under way, and so is the other group's work.
 
-Programs are persistent and take tiles from a queue (`hopper_common`): the next tile's queries and
-first keys arrive while the last one's values are still added up and written.
+Programs take tiles from a queue (`hopper_common`): the next tile's queries and first keys arrive
+while the last one's values are still added up and written.
 """
 
 from __future__ import annotations
@@ -110,15 +110,19 @@ def _produce(
     q_full, q_empty, v_full = barriers[0], barriers[1], barriers[3]
     rows, runs, order, turns, q_starts, kv_starts = lists
     heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b = shape[:6]
-    together, total_heads, leading = shape[6:]
+    together, total_heads, leading, quota = shape[6:]
     total = total_heads * blocks * TILES_M
-    work = gl.program_id(0)
+    left = quota
+    work = take(counters)
     loaded = gl.to_tensor(0)
     given = gl.to_tensor(0)
     with_keys = gl.to_tensor(0)
     previous = gl.to_tensor(0)
     while work < total:
-        upcoming = take(counters)
+        left -= 1
+        upcoming = total
+        if left > 0:
+            upcoming = take(counters)
         head, place = head_and_place(work, together, total_heads, leading)
         b, h = head // heads, head % heads
         first_row = b * row_stride_b + h * row_stride_h
@@ -438,13 +442,14 @@ def _write(
     do_not_specialize=[
         "q_len", "q_limit", "kv_limit", "heads", "group", "blocks",
         "row_stride_b", "row_stride_h", "kv_stride_b", "together", "total_heads", "leading",
+        "quota",
     ]
 )  # fmt: skip
 def hopper_forward_kernel(
     q, k, v, out, lse, before_out, before_lse, first_lse, counters, score_tables, scale,
     rows, runs, order, turns, q_starts, kv_starts, mask_tables,
     q_len, q_limit, kv_limit, heads, group, blocks,
-    row_stride_b, row_stride_h, kv_stride_b, together, total_heads, leading,
+    row_stride_b, row_stride_h, kv_stride_b, together, total_heads, leading, quota,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
     STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
@@ -452,7 +457,7 @@ def hopper_forward_kernel(
     D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: `(programs,)`, no more than there are tiles, or multiprocessors.
+    """Grid: `(programs,)`; with `quota` tiles each, they must come to all tiles.
 
     q, k, v: descriptors of `[1, 1, 64 or BLOCK_N, padded dim]`. counters: int32 `[2]`, zeros
     before and after. together, total_heads, leading: see `head_and_place`. The rest as in
@@ -488,7 +493,7 @@ def hopper_forward_kernel(
     lengths = (q_len, q_limit, kv_limit)
     shape = (
         heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together, total_heads,
-        leading,
+        leading, quota,
     )  # fmt: skip
     # All three times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(

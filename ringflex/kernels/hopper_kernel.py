@@ -26,6 +26,7 @@ from ringflex.kernels.hopper_launch import (
     described_flat,
     leading_tiles,
     multiprocessors,
+    programs_and_quota,
 )
 from ringflex.kernels.mod_tables import gradient_arguments
 from ringflex.kernels.stages import Stage
@@ -44,6 +45,7 @@ _STAYS = 128  # queries of a forward tile, keys of a backward tile
 _GROUP = 64  # of them, to a warpgroup
 _REGISTERS = (240, 24)  # per thread of the consumers and the producer
 _LARGEST_BACKWARD_DIM = 128
+_FORWARD_BLOCK, _BACKWARD_BLOCK = 1.7, 5.0  # microseconds that 128 x 128 scores take an H200
 
 
 def forward(
@@ -78,14 +80,16 @@ def forward(
         tiles_m, tiles_n = mask.block_size[0] // _STAYS, mask.block_size[1] // block_n
         heads = setup.batch * setup.heads
         stages = 4 if max(D, Dv) <= 64 else 2
+        took = None if stage is None else _FORWARD_BLOCK * float(lists.work.mean())
+        programs, quota = programs_and_quota(heads * lists.blocks * tiles_m, q.device, took)
         ready = Prepared(
             hopper_forward_kernel,
-            (min(heads * lists.blocks * tiles_m, multiprocessors(q.device)), 1, 1),
+            (programs, 1, 1),
             (
                 *setup.query_lists(lists, stage), setup.mask_mod.tables,
                 setup.lengths[0], *setup.lengths[2:], setup.heads, setup.group, lists.blocks,
                 *setup.row_strides(lists), setup.kv_stride,
-                setup.group, heads, leading_tiles(lists, tiles_m, heads, q.device),
+                setup.group, heads, leading_tiles(lists, tiles_m, heads, q.device), quota,
             ),
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
@@ -137,12 +141,13 @@ def backward(
     wanted = () if mod is None else mod.wanted([d is not None for d in g.dcaptures])
     pairs = [] if mod is None else accumulators(mod, wanted)
     dq = sum_of_queries(g)
+    alone = g.running_q is None
     score_function = None if mod is None else mod.function()
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_m = 128 if max(D, Dv) <= 64 and mod is None else 64  # what registers allow
     key = (
-        "hopper backward", kind_of(mod), score_function, dout.stride(), g.dk.dtype, g.dk.stride(),
-        g.dv.stride(), tuple(wanted), alignment(g.dk, g.dv),
+        "hopper backward", alone, kind_of(mod), score_function, dout.stride(), g.dk.dtype,
+        g.dk.stride(), g.dv.stride(), tuple(wanted), alignment(g.dk, g.dv),
     )  # fmt: skip
     ready = setup.prepared.get(key)
     if ready is None:
@@ -151,17 +156,19 @@ def backward(
         # Programs that walk the same queries at the same time take all heads of a tile at once;
         # those that do not, head by head: so what they share is in the L2 cache.
         members = setup.group if lists.begin_together and mask.H == 1 else 1
+        took = None if alone else _BACKWARD_BLOCK * float(lists.work.mean()) * setup.group
+        programs, quota = programs_and_quota(tiles, q.device, took)
         score_gradient = None
         if mod is not None:
             score_gradient = mod.gradient(wanted or [False] * len(mod.tables))
         ready = Prepared(
             hopper_backward_kernel,
-            (min(tiles, multiprocessors(q.device)), 1, 1),
+            (programs, 1, 1),
             (
                 *setup.key_lists(lists), setup.mask_mod.tables, *setup.lengths[1:],
                 terms.delta.shape[2], setup.kv_heads, setup.group, members, lists.blocks,
                 *setup.row_strides(lists), *setup.order_strides(lists), setup.kv_stride,
-                1, heads, leading_tiles(lists, tiles_n, heads, q.device),
+                1, heads, leading_tiles(lists, tiles_n, heads, q.device), quota,
             ),
             (
                 setup.mask_mod.function, score_function, score_gradient, ADD.value,

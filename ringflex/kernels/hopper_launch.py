@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ringflex.kernels.block_lists import BlockLists
 
 _COUNTERS = 2048  # launches that may be under way at once
+_PATIENCE = 100.0  # microseconds
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 _FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
@@ -49,6 +50,22 @@ def leading_tiles(lists: BlockLists, tiles: int, heads: int, device: torch.devic
     remaining = np.cumsum(lists.work[::-1])[::-1] * tiles * heads
     enough = remaining >= lists.work.max(initial=0) * multiprocessors(device)
     return int(np.count_nonzero(enough)) * tiles
+
+
+def programs_and_quota(
+    tiles: int, device: torch.device, microseconds: float | None
+) -> tuple[int, int]:
+    """How many programs to launch, and how many tiles each may take.
+
+    Args:
+        tiles: in all.
+        microseconds: about how long a tile takes, where transfers are under way meanwhile, which
+            must not wait for long until a multiprocessor is free; None where there are none.
+    """
+    if microseconds is None:
+        return min(tiles, multiprocessors(device)), 1 << 30
+    quota = max(1, round(_PATIENCE / max(1.0, microseconds)))
+    return -(-tiles // quota), quota
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 import ringflex as rf
 from ringflex.kernels import hopper_common
 from ringflex.kernels.block_lists import key_lists, query_lists
-from ringflex.kernels.hopper_launch import leading_tiles, multiprocessors
+from ringflex.kernels.hopper_launch import leading_tiles, multiprocessors, programs_and_quota
 
 CPU = torch.device("cpu")
 
@@ -53,3 +53,14 @@ def test_programs_end_together(mask: str, transposed: bool, head_and_place) -> N
         _, place = head_and_place(work, 4, heads, leading)
         heapq.heappush(busy, heapq.heappop(busy) + lists.work[place] + 1)
     assert max(busy) < 1.1 * np.mean(busy)
+
+
+@pytest.mark.parametrize("tiles", [1, 131, 132, 133, 4096])
+@pytest.mark.parametrize("microseconds", [None, 0.0, 7.0, 60.0, 900.0])
+def test_programs_come_to_all_tiles(tiles: int, microseconds: float | None) -> None:
+    programs, quota = programs_and_quota(tiles, CPU, microseconds)
+    assert programs <= tiles and programs * quota >= tiles
+    if microseconds:  # a multiprocessor is free every tenth of a millisecond, or after a tile
+        assert quota * microseconds <= 1.5 * max(100, microseconds)
+    elif microseconds is None:
+        assert programs <= multiprocessors(CPU)
