@@ -211,11 +211,6 @@ def _consume(
     FOR_DK: gl.constexpr = gl.DotOperandLayout(0, DK, 2)
     FOR_DV: gl.constexpr = gl.DotOperandLayout(0, DV_, 2)
     dtype: gl.constexpr = q.dtype
-    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D_PAD], dtype)
-    DOUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, DV_PAD], dtype)
-    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D_PAD], dtype)
-    V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, DV_PAD], dtype)
-    DQ_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HALF], gl.float32)
     buffers, barriers, queue, items = shared
     words, words_full, words_empty = queue[1], queue[2], queue[3]
     q_buffers, dout_buffers, k_buffers, v_buffers = buffers[:4]
@@ -245,8 +240,8 @@ def _consume(
         if count > 0:
             slot = done % STAGES
             mbarrier.wait(q_full.index(slot), done // STAGES & 1)
-            q_tile = q_buffers.index(slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
-            k_tile = k_buffers.index(GROUP)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
+            q_tile = q_buffers.index(slot).reshape([BLOCK_M, D_PAD])
+            k_tile = k_buffers.index(GROUP).reshape([KEYS, D_PAD])
             scores = warpgroup_mma(
                 k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True
             )
@@ -255,17 +250,15 @@ def _consume(
                 slot, turn = number % STAGES, number // STAGES & 1
                 # Always 0; unknown to the compiler, which would keep 48 registers of addresses.
                 here = number >> 30
-                k_tile = k_buffers.index(here + GROUP)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
-                v_tile = v_buffers.index(here + GROUP)._reinterpret(dtype, [KEYS, DV_PAD], V_LAYOUT)
-                k_first = k_buffers.index(here)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
-                k_second = k_buffers.index(here + 1)._reinterpret(dtype, [KEYS, D_PAD], K_LAYOUT)
+                k_tile = k_buffers.index(here + GROUP).reshape([KEYS, D_PAD])
+                v_tile = v_buffers.index(here + GROUP).reshape([KEYS, DV_PAD])
+                k_first = k_buffers.index(here).reshape([KEYS, D_PAD])
+                k_second = k_buffers.index(here + 1).reshape([KEYS, D_PAD])
                 k_first = k_first.slice(GROUP * HALF, HALF, dim=1)
                 k_second = k_second.slice(GROUP * HALF, HALF, dim=1)
-                q_tile = q_buffers.index(slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
+                q_tile = q_buffers.index(slot).reshape([BLOCK_M, D_PAD])
                 mbarrier.wait(dout_full.index(slot), turn)
-                dout_tile = dout_buffers.index(slot)._reinterpret(
-                    dtype, [BLOCK_M, DV_PAD], DOUT_LAYOUT
-                )
+                dout_tile = dout_buffers.index(slot).reshape([BLOCK_M, DV_PAD])
                 dp = warpgroup_mma(
                     v_tile, dout_tile.permute((1, 0)), zero, use_acc=False, is_async=True
                 )
@@ -315,7 +308,7 @@ def _consume(
                 come(FIRST_BARRIER + STAGES + slot, HANDOVER)
                 dq_part = warpgroup_mma_wait(1, deps=(dq_part,))
                 tma.store_wait(0)
-                staged = dq_staged._reinterpret(gl.float32, [BLOCK_M, HALF], DQ_LAYOUT)
+                staged = dq_staged.reshape([BLOCK_M, HALF])
                 staged.store(dq_part * scale)
                 fence_async_shared()
                 tma_add(dq, [b, h, row, GROUP * HALF], dq_staged)
@@ -323,7 +316,7 @@ def _consume(
                 following = gl.minimum(number + 1, done + count - 1)
                 next_slot = following % STAGES
                 mbarrier.wait(q_full.index(next_slot), following // STAGES & 1)
-                next_q = q_buffers.index(next_slot)._reinterpret(dtype, [BLOCK_M, D_PAD], Q_LAYOUT)
+                next_q = q_buffers.index(next_slot).reshape([BLOCK_M, D_PAD])
                 scores = warpgroup_mma(
                     k_tile, next_q.permute((1, 0)), zero, use_acc=False, is_async=True
                 )

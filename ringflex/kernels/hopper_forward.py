@@ -240,7 +240,7 @@ def _step(
     scale, mask_tables, score_tables,
     MASKED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, S: gl.constexpr, O: gl.constexpr, P: gl.constexpr,
-    K_SHAPE: gl.constexpr, K_LAYOUT: gl.constexpr, V_SHAPE: gl.constexpr, V_LAYOUT: gl.constexpr,
+    K_SHAPE: gl.constexpr, V_SHAPE: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of tile `number`, while the weights before it meet their values."""
     acc, p, m, l = carry
@@ -248,10 +248,10 @@ def _step(
     slot, turn = number % STAGES, number // STAGES & 1
     v_slot, v_turn = (number - 1) % STAGES, (number - 1) // STAGES & 1
     mbarrier.wait(k_full.index(slot), turn)
-    k_tile = k_tiles.index(slot)._reinterpret(k_tiles.dtype, K_SHAPE, K_LAYOUT)
+    k_tile = k_tiles.index(slot).reshape(K_SHAPE)
     s = warpgroup_mma(q, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(v_slot), v_turn)
-    v_tile = v_tiles.index(v_slot)._reinterpret(v_tiles.dtype, V_SHAPE, V_LAYOUT)
+    v_tile = v_tiles.index(v_slot).reshape(V_SHAPE)
     adding = warpgroup_mma(unpacked(p, k_tiles.dtype, P), v_tile, acc, is_async=True)
     kv_start = gl.to_tensor(0)
     if MASKED or score_mod is not None:
@@ -283,16 +283,13 @@ def _consume(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     dtype: gl.constexpr = q.dtype
-    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D_PAD], dtype)
-    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D_PAD], dtype)
-    V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, DV_PAD], dtype)
     buffers, barriers, queue, positions = shared
     words, words_full, words_empty = queue[1], queue[2], queue[3]
     q_buffers, k_buffers, v_buffers = buffers
     q_full, q_empty, k_full, v_full = barriers
     q_len, q_limit, kv_limit = lengths
     heads = shape[0]
-    q_tile = q_buffers.index(GROUP)._reinterpret(dtype, [ROWS, D_PAD], Q_LAYOUT)
+    q_tile = q_buffers.index(GROUP).reshape([ROWS, D_PAD])
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
     taken = gl.to_tensor(0)
     with_keys = gl.to_tensor(0)
@@ -318,7 +315,7 @@ def _consume(
             slot, kv_turn = done % STAGES, done // STAGES & 1
             mbarrier.wait(q_full.index(GROUP), with_keys & 1)
             mbarrier.wait(k_full.index(slot), kv_turn)
-            k_tile = k_buffers.index(slot)._reinterpret(dtype, [BLOCK_N, D_PAD], K_LAYOUT)
+            k_tile = k_buffers.index(slot).reshape([BLOCK_N, D_PAD])
             s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
             kv_start = gl.to_tensor(0)
             if PARTIAL or score_mod is not None:
@@ -336,14 +333,14 @@ def _consume(
                         number, carry, q_tile, k_buffers, v_buffers, barriers, positions, zero, b,
                         h, q_idx, kv_limit, scale, mask_tables, score_tables,
                         True, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                        [BLOCK_N, D_PAD], K_LAYOUT, [BLOCK_N, DV_PAD], V_LAYOUT,
+                        [BLOCK_N, D_PAD], [BLOCK_N, DV_PAD],
                     )  # fmt: skip
             for number in range(done + gl.maximum(partial, 1), done + count):
                 carry = _step(
                     number, carry, q_tile, k_buffers, v_buffers, barriers, positions, zero, b,
                     h, q_idx, kv_limit, scale, mask_tables, score_tables,
                     False, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                    [BLOCK_N, D_PAD], K_LAYOUT, [BLOCK_N, DV_PAD], V_LAYOUT,
+                    [BLOCK_N, D_PAD], [BLOCK_N, DV_PAD],
                 )  # fmt: skip
             acc, p16, m, l = carry
             mbarrier.arrive(q_empty.index(GROUP), count=1)
@@ -351,7 +348,7 @@ def _consume(
             done += count
             v_slot, v_turn = (done - 1) % STAGES, (done - 1) // STAGES & 1
             mbarrier.wait(v_full.index(v_slot), v_turn)
-            v_tile = v_buffers.index(v_slot)._reinterpret(dtype, [BLOCK_N, DV_PAD], V_LAYOUT)
+            v_tile = v_buffers.index(v_slot).reshape([BLOCK_N, DV_PAD])
             acc = warpgroup_mma(unpacked(p16, dtype, P), v_tile, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             come(FIRST_BARRIER + STAGES + v_slot, HANDOVER)
