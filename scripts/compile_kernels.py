@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
@@ -215,13 +216,11 @@ def report(c: Configuration) -> dict[str, Any]:
 
 
 def _ptxas(ptx: str, arch: int) -> dict[str, Any]:
-    tool = "ptxas-blackwell" if arch >= 100 else "ptxas"
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
     name = re.search(r"\.target (\S+)", ptx).group(1).rstrip(",")  # type: ignore[union-attr]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [str(path), "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = re.search(r"(\d+) bytes spill stores", text)
     registers = re.search(r"Used (\d+) registers", text)

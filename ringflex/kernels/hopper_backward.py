@@ -33,7 +33,7 @@ from ringflex.kernels.hopper_common import (
     take,
     write_word,
 )
-from ringflex.kernels.hopper_intrinsics import come, tma_add, wait_for
+from ringflex.kernels.hopper_intrinsics import come, tma_add, tma_load, wait_for
 from ringflex.kernels.triton_common import (
     LOG2E,
     first_tile,
@@ -70,21 +70,13 @@ def _load_list(
             write_word(items, slot * ITEM_WORDS + 2, row)
             write_word(items, slot * ITEM_WORDS + 3, 1 if MASKED else 0)
             mbarrier.expect(q_full.index(slot), q.block_type.nbytes + lse.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                lse, [of_head], q_full.index(slot), lse_rows.index(slot)
-            )
-            tma.async_copy_global_to_shared(
-                q, [b, h, row, 0], q_full.index(slot), q_buffers.index(slot)
-            )
+            tma_load(lse, [of_head], q_full.index(slot), lse_rows.index(slot))
+            tma_load(q, [b, h, row, 0], q_full.index(slot), q_buffers.index(slot))
             if loaded >= STAGES:
                 wait_for(FIRST_BARRIER + STAGES + slot, HANDOVER)
             mbarrier.expect(dout_full.index(slot), dout.block_type.nbytes + delta.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                delta, [of_head], dout_full.index(slot), delta_rows.index(slot)
-            )
-            tma.async_copy_global_to_shared(
-                dout, [b, h, row, 0], dout_full.index(slot), dout_buffers.index(slot)
-            )
+            tma_load(delta, [of_head], dout_full.index(slot), delta_rows.index(slot))
+            tma_load(dout, [b, h, row, 0], dout_full.index(slot), dout_buffers.index(slot))
             loaded += 1
         tile, end, run, next_tile, next_end = following_tile(
             runs, tile, end, run, next_tile, next_end, TILES
@@ -146,12 +138,8 @@ def _produce(
         nbytes: gl.constexpr = GROUPS * (k.block_type.nbytes + v.block_type.nbytes)
         mbarrier.expect(kv_full.index(0), nbytes)
         for c in gl.static_range(GROUPS):
-            tma.async_copy_global_to_shared(
-                k, [b, kv_head, start + c * KEYS, 0], kv_full.index(0), k_buffers.index(c)
-            )
-            tma.async_copy_global_to_shared(
-                v, [b, kv_head, start + c * KEYS, 0], kv_full.index(0), v_buffers.index(c)
-            )
+            tma_load(k, [b, kv_head, start + c * KEYS, 0], kv_full.index(0), k_buffers.index(c))
+            tma_load(v, [b, kv_head, start + c * KEYS, 0], kv_full.index(0), v_buffers.index(c))
         given += 1
         for first in range(0, group, members):
             of_heads = listed + 4 * first * row_stride_h

@@ -15,7 +15,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -32,7 +31,7 @@ from ringflex.kernels.hopper_common import (
     unpacked,
     write_word,
 )
-from ringflex.kernels.hopper_intrinsics import come, wait_for
+from ringflex.kernels.hopper_intrinsics import come, tma_load, wait_for
 from ringflex.kernels.triton_common import (
     BEGINS,
     ENDS,
@@ -68,9 +67,7 @@ def _load_list(
             write_word(positions, slot, position_of(kv_starts, tile, BLOCK_N, TILES, IN_ORDER))
         mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
         row = tile * BLOCK_N
-        tma.async_copy_global_to_shared(
-            k, [b, kv_head, row, 0], k_full.index(slot), k_buffers.index(slot)
-        )
+        tma_load(k, [b, kv_head, row, 0], k_full.index(slot), k_buffers.index(slot))
         if loaded > first:
             _load_v(v, v_buffers, v_full, b, kv_head, previous, loaded - 1, STAGES)
         previous = row
@@ -87,9 +84,7 @@ def _load_v(v, v_buffers, v_full, b, kv_head, row, number, STAGES: gl.constexpr)
     if number >= STAGES:
         wait_for(FIRST_BARRIER + STAGES + slot, HANDOVER)
     mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
-    tma.async_copy_global_to_shared(
-        v, [b, kv_head, row, 0], v_full.index(slot), v_buffers.index(slot)
-    )
+    tma_load(v, [b, kv_head, row, 0], v_full.index(slot), v_buffers.index(slot))
 
 
 @gluon.jit
@@ -153,9 +148,7 @@ def _produce(
                 for c in gl.static_range(GROUPS):
                     mbarrier.wait(q_empty.index(c), (with_keys & 1) ^ 1)
                     mbarrier.expect(q_full.index(c), q.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        q, [b, h, start + c * ROWS, 0], q_full.index(c), q_buffers.index(c)
-                    )
+                    tma_load(q, [b, h, start + c * ROWS, 0], q_full.index(c), q_buffers.index(c))
                 with_keys += 1
                 first, kv_head, starts = loaded, h // group, kv_starts + b * kv_stride_b
                 if PARTIAL:
