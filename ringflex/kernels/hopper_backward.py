@@ -275,7 +275,7 @@ def _consume(
                 ds = p * (dp - delta_row)
                 if score_grad is not None:
                     ds = score_grad(s_raw, ds, b, h, q_idx, at_kv, score_tables, into, HOW, 1)
-                    ds = gl.where(p > 0, ds, 0.0)  # whatever the derivative is where it is hidden
+                    ds = gl.where(p == 0, 0.0, ds)  # whatever the derivative is where it is hidden
                 ds = ds.to(dtype)
                 parity = number % 2 * GROUPS
                 ds_buffers.index(parity + GROUP).store(ds)

@@ -25,13 +25,11 @@ from ringflex.kernels.hopper_common import (
     WORDS,
     head_and_place,
     leave,
-    packed,
     read_word,
     take,
-    unpacked,
     write_word,
 )
-from ringflex.kernels.hopper_intrinsics import come, tma_load, wait_for
+from ringflex.kernels.hopper_intrinsics import come, packed, tma_load, unpacked, wait_for
 from ringflex.kernels.triton_common import (
     BEGINS,
     ENDS,

@@ -1,8 +1,7 @@
 """What Gluon 3.6 lacks on Hopper, by means that are tied to Triton's version.
 
-Named barriers are inline assembly; adding a tile of shared memory to global memory by TMA calls the
-IR builder. `obstacle()` says where these are not known to work; nothing else in this package
-depends on Triton's internals of one version.
+Named barriers and packed conversions are inline assembly; adding a tile of shared memory to global
+memory by TMA calls the IR builder. `obstacle()` says where these are not known to work.
 """
 
 from __future__ import annotations
@@ -65,6 +64,33 @@ def uniform(value):
         is_pure=True,
         pack=1,
     )
+
+
+@gluon.jit
+def packed(x, dtype: gl.constexpr):
+    """fp32 `[M, N]` as pairs of a half precision in int32 `[M, N / 2]`.
+
+    A loop that carried halves would take each pair apart and put it together again.
+    """
+    even, odd = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], gl.int32, True, 1
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], gl.int32, True, 1
+        )
+
+
+@gluon.jit
+def unpacked(x, dtype: gl.constexpr, layout: gl.constexpr):
+    """Those halves, `[M, N]`, in the layout of the left operand of a product."""
+    even, odd = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [x], (gl.int16, gl.int16), True, 1
+    )
+    halves = gl.join(even.to(dtype, bitcast=True), odd.to(dtype, bitcast=True))
+    return gl.convert_layout(gl.reshape(halves, [x.shape[0], 2 * x.shape[1]]), layout)
 
 
 @_core.builtin

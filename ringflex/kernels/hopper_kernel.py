@@ -133,8 +133,9 @@ def backward(
     dout = dout if describable(dout) else dout.contiguous()
     heads = setup.batch * setup.kv_heads
     tiles = heads * mask.kv_blocks * (mask.block_size[1] // _STAYS)
-    few = 2 * tiles <= multiprocessors(q.device) and q.device.type == "cuda"
-    if few or not setup.describable or alignment(q, k, v, dout):
+    few = 2 * tiles <= multiprocessors(q.device) and q.device.type == "cuda"  # not when compiling
+    many = terms.delta.numel() >= 2**31  # row terms, whose places are counted in 32 bits
+    if few or many or not setup.describable or alignment(q, k, v, dout):
         _portable_backward(dout, q, k, v, terms, mask, score, scale, g, options)
         return
     mod = score_mod(score, q.device, options)
