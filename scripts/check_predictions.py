@@ -1,7 +1,7 @@
 """Compares predictions with what bench_parallel.py measured.
 
-    python scripts/check_predictions.py                     # of benchmarks/results/parallel.json
-    python scripts/check_predictions.py RECORD --near 150e9
+    python scripts/check_predictions.py             # of benchmarks/results/parallel_hopper.json
+    python scripts/check_predictions.py RECORD --two-passes --near 150e9
 
 For every row of ours, `ringflex.parallel.predict.predict` is given the real plans of all ranks, and
 a machine whose kernels have the rates that the same run measured on one GPU for that mask and
@@ -50,7 +50,7 @@ def _spec(row: dict[str, Any]) -> Spec:
     )  # fmt: skip
 
 
-def machine_of(row: dict[str, Any], plans: list[Plan], near: float) -> Machine:
+def machine_of(row: dict[str, Any], plans: list[Plan], near: float, one_pass: bool) -> Machine:
     """The kernels' rates over the blocks that they compute, on one GPU."""
     size = plans[0].layout.block_size
     blocks = sum(s.mask.visible_blocks for p in plans for s in p.steps if s.mask is not None)
@@ -60,12 +60,13 @@ def machine_of(row: dict[str, Any], plans: list[Plan], near: float) -> Machine:
         forward=FORWARD * products / seconds[0],
         backward=BACKWARD * products / seconds[1],
         near=near,
+        one_pass=one_pass,
     )
 
 
-def compare(row: dict[str, Any], near: float) -> dict[str, Any]:
+def compare(row: dict[str, Any], near: float, one_pass: bool) -> dict[str, Any]:
     plans = plans_of(row)
-    machine = machine_of(row, plans, near)
+    machine = machine_of(row, plans, near, one_pass)
     shape = AttentionShape(heads=row["heads"], kv_heads=row["kv_heads"], head_dim=row["dim"])
     found = predict(plans, shape, machine)
     keys = ("mask", "tokens", "gpus", "contender", "heads", "kv_heads", "dim", "forward", "both")
@@ -96,14 +97,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("record", nargs="?", type=Path, default=RESULTS / "parallel.json")
+    parser.add_argument("record", nargs="?", type=Path, default=RESULTS / "parallel_hopper.json")
     parser.add_argument(
         "--near", type=float, default=Machine.near, help="bytes/s each way of one GPU"
     )
+    parser.add_argument(
+        "--two-passes", dest="one_pass", action="store_false",
+        help="the kernels computed dQ apart, as the portable ones do",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, default=RESULTS / "predictions.json")
     arguments = parser.parse_args()
     record = json.loads(arguments.record.read_text())
-    rows = [compare(row, arguments.near) for row in record["rows"] if predictable(row)]
+    rows = [
+        compare(row, arguments.near, arguments.one_pass)
+        for row in record["rows"]
+        if predictable(row)
+    ]
     written = {
         "commit": current_commit(),
         "command": shlex.join(["python", "scripts/check_predictions.py", *sys.argv[1:]]),

@@ -16,8 +16,9 @@ FORWARD, BACKWARD = 4, 10  # floating-point operations a visible pair, head and 
 class Machine:
     """GPUs and what links them.
 
-    The defaults are for H100s: the rates of the Triton kernels (causal, 65,536 tokens, head dim
-    128, bf16), NVLink as NCCL's point-to-point transfers use it, and 400 Gb/s of network a GPU.
+    The defaults are for Hopper GPUs: the rates of their kernels (an H200; causal, 65,536 tokens,
+    head dim 128, bf16), NVLink as NCCL's point-to-point transfers use it, and 400 Gb/s of network a
+    GPU.
 
     Attributes:
         forward, backward: FLOP/s of a kernel, at 4 D and 10 D a pair and head.
@@ -27,16 +28,18 @@ class Machine:
         near, far: bytes/s each way of one GPU, within a node and between nodes.
         latency: seconds before a transfer's first byte.
         hidden: share of its own time by which a transfer slows the kernel that it runs beside.
+        one_pass: whether the backward kernel computes dQ together with dK and dV.
     """
 
-    forward: float = 462e12
-    backward: float = 424e12
+    forward: float = 635e12
+    backward: float = 510e12
     launch: float = 40e-6
     gpus_per_node: int = 8
     near: float = 200e9
     far: float = 45e9
     latency: float = 20e-6
     hidden: float = 0.5
+    one_pass: bool = True
 
     @classmethod
     def load(cls, path: str | Path) -> Machine:

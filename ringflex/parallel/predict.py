@@ -7,7 +7,7 @@ before. Work is that of whole blocks, as kernels compute it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -127,15 +127,23 @@ class _Line:
         return end, waits
 
     def backward(self) -> tuple[Array, Array]:
-        """As `forward`: dQ of the local step, and every other step's dK/dV and dQ; the local dK/dV
-        beside them, wherever a rank would wait, and at the end (`behind`: what is left of it). What
-        returns is waited for one step later."""
-        seconds: Callable[[int, float], Array] = lambda step, share: self._seconds(
-            step, BACKWARD * share, self.machine.backward
-        )
+        """As `forward`. In two passes: dQ of the local step, and every other step's dK/dV and dQ;
+        the local dK/dV beside them, wherever a rank would wait, and at the end (`behind`: what is
+        left of it). In one pass each step is one kernel. What returns is waited for one step later.
+        """
+        queries = 0.0 if self.machine.one_pass else _QUERIES  # the share of a kernel for dQ alone
+
+        def seconds(step: int, share: float) -> Array:
+            if not share:
+                return np.zeros(self.W)
+            return self._seconds(step, BACKWARD * share, self.machine.backward)
+
         start, waits = np.zeros(self.W), np.zeros(self.W)
-        end = seconds(0, _QUERIES)
-        behind = self.pairs[0] * BACKWARD * (1 - _QUERIES) * self.dim / self.machine.backward
+        end = seconds(0, queries or 1.0)
+        behind = self.pairs[0] * BACKWARD * (1 - queries) * self.dim / self.machine.backward
+        if self.machine.one_pass:
+            behind = np.zeros(self.W)
+        last_kernel = "backward dQ" if queries else "backward"
         done = np.zeros(self.W)  # when nothing is
         since, until = start, end  # the last dQ
         into = {step[0].into: n for n, step in enumerate(self.steps) if step[0].into is not None}
@@ -176,20 +184,22 @@ class _Line:
         for number in range(1, len(self.steps)):
             begun, lasts = self._transfer(number, "receives", self._bytes(), start)
             slowed = self._slowed(number - 1, lasts)
-            self._note("compute", "backward dQ", number - 1, since, until + slowed)
+            self._note("compute", last_kernel, number - 1, since, until + slowed)
             end, arrived = end + slowed, begun + lasts
             self._note("transfer", "K/V", number, begun, arrived)
             start = wait(end, arrived)
-            made = start + seconds(number, 1 - _QUERIES)
-            self._note("compute", "backward dK, dV", number, start, made)
-            end = made + seconds(number, _QUERIES)
-            since, until = made, end
+            made = start + seconds(number, 1 - queries)
+            end = made + seconds(number, queries)
+            since, until = start, end
+            if queries:
+                self._note("compute", "backward dK, dV", number, start, made)
+                since = made
             end = settle(end)
             if number in into:
                 relaying.add(number)
             else:
                 send(number, made)
-        self._note("compute", "backward dQ", len(self.steps) - 1, since, until)
+        self._note("compute", last_kernel, len(self.steps) - 1, since, until)
         while sent and relaying:
             end = settle(end)
         end = end + fill(end, behind)
