@@ -41,6 +41,8 @@ from parallel_measure import (
     measure,
     problem,
 )
+from ringflex.kernels.contract import KernelOptions
+from ringflex.kernels.select import select
 from ringflex.parallel.machine import BACKWARD, FORWARD
 
 _FEW = 128  # tokens of one program
@@ -57,6 +59,15 @@ def kernel_rates(world: World, spec: Spec, seconds: float) -> dict[str, float]:
         "forward": FORWARD * products / max(forward - launch, 1e-9),
         "backward": BACKWARD * products / max(backward - launch, 1e-9),
     }
+
+
+def one_pass(world: World, spec: Spec) -> bool:
+    """Whether the backward kernel computes dQ together with dK and dV."""
+    mask = rf.create_block_mask(rf.causal(), None, None, _FEW, _FEW, BLOCK_SIZE=_FEW)
+    q = torch.zeros(1, spec.heads, _FEW, spec.dim, dtype=spec.dtype, device=world.device)
+    chosen = select("auto" if world.on_gpu else "eager", q, q, mask, None)
+    apart: bool = chosen.kernel.has_separate_passes(q, q, KernelOptions())
+    return not apart
 
 
 def _kernel(world: World, spec: Spec, seconds: float) -> tuple[float, float, int]:
@@ -139,6 +150,7 @@ def main() -> None:
     per_node = int(os.environ["LOCAL_WORLD_SIZE"])
     found: dict[str, Any] = {"gpus_per_node": per_node}
     found |= kernel_rates(world, spec, arguments.seconds)
+    found["one_pass"] = one_pass(world, spec)
     found |= link_rates(world, per_node, int(arguments.megabytes * 1e6))
     machine = rf.Machine(**found)
     if world.rank == 0:

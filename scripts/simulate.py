@@ -145,7 +145,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=128)
     for field in dataclasses.fields(Machine):
         flag = f"--{field.name.replace('_', '-')}"
-        kind = int if field.name == "gpus_per_node" else float
+        kind = int if isinstance(field.default, int) else float  # a bool: 0 or 1
         parser.add_argument(flag, type=kind, help=f"default {field.default:g}")
     parser.add_argument("--machine", type=Path, help="rates that calibrate.py measured")
     parser.add_argument("--trace", type=Path, help="the last prediction's time line")

@@ -72,7 +72,7 @@ def test_a_machine_is_calibrated(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads(output.read_text())
-    measured = {"forward", "backward", "launch", "gpus_per_node", "near", "latency"}
+    measured = {"forward", "backward", "launch", "gpus_per_node", "near", "latency", "one_pass"}
     assert set(written["measured"]) == measured
     machine = rf.Machine.load(output)
     assert machine.gpus_per_node == 2
