@@ -74,16 +74,17 @@ def plot_trace(ranks: Sequence[Sequence[dict[str, Any]]], title: str, path: Path
     plt = pyplot()
     from matplotlib.patches import Patch
 
-    kinds = list(dict.fromkeys(s["name"] for t in _TRACKS for r in ranks for s in r
+    tracks = [t for t in _TRACKS if t != "behind" or any(s["track"] == t for r in ranks for s in r)]
+    kinds = list(dict.fromkeys(s["name"] for t in tracks for r in ranks for s in r
                                if s["track"] == t))  # fmt: skip
     colours = {kind: _KINDS[i % len(_KINDS)] for i, kind in enumerate(kinds)}
     figure, axis = plt.subplots(
-        figsize=(12, 1.6 + 0.62 * len(ranks) * len(_TRACKS)), layout="constrained"
+        figsize=(12, 1.6 + 0.62 * len(ranks) * len(tracks)), layout="constrained"
     )
     end = max((s["end"] for r in ranks for s in r), default=1e-3) * 1e3
     labels: list[str] = []
     for rank, spans in enumerate(ranks):
-        for track in _TRACKS:
+        for track in tracks:
             row = len(labels)
             labels.append(f"rank {rank}, {track}")
             mine = [s for s in spans if s["track"] == track]
