@@ -62,7 +62,8 @@ def flex_attention(
             backward, approximate_tanh, tune, tiles, tma.
         return_aux: torch's `AuxRequest`; `lse` can be had, `max_scores` cannot.
         sinks: `[Hq]`, a learned logit per head that takes part in the softmax without a value.
-        backend: "auto" (Triton on GPUs, eager on CPUs), "triton" or "eager".
+        backend: "auto" (the fastest that serves: "hopper" on Hopper GPUs, "triton" on GPUs, "eager"
+            on CPUs), or one of these.
 
     Returns:
         `out [B, Hq, Sq, Dv]` in the query's dtype; with `return_lse` also `lse [B, Hq, Sq]`,

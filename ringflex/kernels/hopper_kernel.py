@@ -2,7 +2,8 @@
 
 What these kernels do not serve goes to the portable Triton kernel, launch by launch:
 
-- tensors whose strides or addresses TMA cannot take;
+- tensors whose strides or addresses TMA cannot take, or `tma=False`;
+- `tiles` by hand, or `tune`, which are of that kernel;
 - a backward with head dims above 128, or that must be deterministic (or `backward="two_pass"`), as
   this one adds up dQ in any order;
 - a backward of fewer tiles of keys than half the multiprocessors.
@@ -63,7 +64,7 @@ def forward(
 ) -> None:
     """See `contract`."""
     setup = Setup.of(q, k, v, mask, options)
-    if not setup.describable or alignment(q, k, v):
+    if _by_hand(options) or not setup.describable or alignment(q, k, v):
         triton_kernel.forward(q, k, v, mask, score, scale, before, after, options, stage, running)
         return
     mod = score_mod(score, q.device, options)
@@ -107,7 +108,7 @@ def forward(
 
 def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions) -> bool:
     """See `contract`."""
-    asked_for = options.deterministic or options.backward == "two_pass"
+    asked_for = options.deterministic or options.backward == "two_pass" or _by_hand(options)
     return asked_for or max(q.shape[3], v.shape[3]) > _LARGEST_BACKWARD_DIM
 
 
@@ -211,6 +212,10 @@ def _portable_backward(
     triton_kernel.backward(dout, q, k, v, terms, mask, score, scale, g, options)
     if running is not None:
         running.add_(part)
+
+
+def _by_hand(options: KernelOptions) -> bool:
+    return bool(options.tiles) or options.tune
 
 
 def _dims(setup: Setup) -> tuple[int, int, int, int]:

@@ -84,6 +84,8 @@ class _Counters:
         pool = torch.zeros(_COUNTERS, 4, dtype=torch.int32, device=device)  # 16 bytes each
         self.pairs = list(pool)
         self.next = 0
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(device).synchronize()  # another stream may be the next
 
 
 @functools.cache

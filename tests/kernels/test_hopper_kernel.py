@@ -1,0 +1,119 @@
+"""Which launches the Hopper kernels make, and which they leave to the portable ones."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import ringflex as rf
+from ringflex.kernels import hopper_kernel, triton_kernel, triton_setup
+from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
+from ringflex.kernels.triton_kernel import RowTerms
+from ringflex.kernels.triton_tiles import Architecture
+
+TILES = (("forward", Tile(64, 64, 4, 2)),)
+
+
+class Launches:
+    """What would be launched: names of kernels."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def prepared(self, kernel: Any, *_: Any) -> Any:
+        self.names.append(kernel.__name__)
+        found = mock.Mock()
+        found.tile = Tile(128, 128, 4, 2)
+        return found
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    found = Launches()
+    hopper = Architecture("cuda", (9, 0), 232_448)
+    monkeypatch.setattr(triton_setup, "architecture", lambda device: hopper)
+    for module in (hopper_kernel, triton_kernel):
+        monkeypatch.setattr(module, "Prepared", found.prepared)
+    return found
+
+
+def tensors(D: int = 64, Dv: int = 64, offset: int = 0) -> list[torch.Tensor]:
+    """q, k, v, dout of 256 tokens; `offset` elements off an aligned address."""
+    shapes = [(1, 2, 256, D), (1, 1, 256, D), (1, 1, 256, Dv), (1, 2, 256, Dv)]
+    return [torch.zeros(torch.Size(s).numel() + 8).half()[offset:][: torch.Size(s).numel()].view(s)
+            for s in shapes]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "offset", "kernel"),
+    [
+        (KernelOptions(), 0, "hopper_forward_kernel"),
+        (KernelOptions(deterministic=True), 0, "hopper_forward_kernel"),
+        (KernelOptions(), 1, "forward_kernel"),
+        (KernelOptions(tma=False), 0, "forward_kernel"),
+        (KernelOptions(tiles=TILES), 0, "forward_kernel"),
+    ],
+)
+def test_forward(options: KernelOptions, offset: int, kernel: str, launches: Launches) -> None:
+    q, k, v, _ = tensors(offset=offset)
+    mask = rf.create_block_mask(rf.causal(), None, None, 256, 256)
+    after = Partial(torch.zeros_like(q), torch.zeros(1, 2, 256))
+    hopper_kernel.forward(q, k, v, mask, None, 0.125, None, after, options)
+    assert launches.names == [kernel]
+
+
+@pytest.mark.parametrize(
+    ("options", "dims", "offset", "kernels"),
+    [
+        (KernelOptions(), (64, 64), 0, ["hopper_backward_kernel"]),
+        (KernelOptions(backward="one_pass"), (128, 64), 0, ["hopper_backward_kernel"]),
+        (KernelOptions(), (192, 128), 0, ["key_kernel", "query_kernel"]),
+        (KernelOptions(), (64, 64), 1, ["key_kernel", "query_kernel"]),
+        (KernelOptions(deterministic=True), (64, 64), 0, ["key_kernel", "query_kernel"]),
+        (KernelOptions(backward="two_pass"), (64, 64), 0, ["key_kernel", "query_kernel"]),
+        (KernelOptions(tiles=TILES), (64, 64), 0, ["key_kernel", "query_kernel"]),
+    ],
+)
+def test_backward(
+    options: KernelOptions,
+    dims: tuple[int, int],
+    offset: int,
+    kernels: list[str],
+    launches: Launches,
+) -> None:
+    q, k, v, dout = tensors(*dims, offset=offset)
+    mask = rf.create_block_mask(rf.causal(), None, None, 256, 256)
+    terms = RowTerms(*(torch.zeros(1, 2, 256) for _ in range(2)))
+    gradients = Gradients(
+        dq=torch.zeros_like(q), dk=torch.zeros_like(k), dv=torch.zeros_like(v), dcaptures=[]
+    )
+    hopper_kernel.backward(dout, q, k, v, terms, mask, None, 0.125, gradients, options)
+    assert launches.names == kernels
+    apart = hopper_kernel.has_separate_passes(q, v, options)
+    assert apart == (len(kernels) == 2 and not offset)
+
+
+def test_portable_passes_add_up_over_steps(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that the Hopper kernel cannot serve adds its dQ to those of the others."""
+    q, k, v, dout = tensors(offset=1)
+    mask = rf.create_block_mask(rf.causal(), None, None, 256, 256)
+    terms = RowTerms(*(torch.zeros(1, 2, 256) for _ in range(2)))
+
+    def ones(*arguments: Any) -> None:
+        gradients = next(x for x in arguments if isinstance(x, Gradients))
+        assert gradients.dq is not None and gradients.running_q is None
+        gradients.dq.fill_(1.0)
+
+    monkeypatch.setattr(triton_kernel, "backward", ones)
+    running = torch.full(q.shape, 2.0)
+    gradients = Gradients(
+        dq=torch.zeros_like(q), dk=torch.zeros_like(k), dv=torch.zeros_like(v), dcaptures=[],
+        running_q=running,
+    )  # fmt: skip
+    hopper_kernel.backward(
+        dout, q, k, v, terms, mask, None, 0.125, gradients, KernelOptions()
+    )  # fmt: skip
+    assert (running == 3).all()
