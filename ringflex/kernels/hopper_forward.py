@@ -36,8 +36,10 @@ from ringflex.kernels.triton_common import (
     LN2,
     LOG2E,
     LOWEST,
+    earlier_lse,
     first_tile,
     following_tile,
+    merge_weights,
     position_of,
     row_places,
 )
@@ -380,35 +382,13 @@ def _write(
     part_lse = gl.where(empty, float("-inf"), m + gl.log2(gl.where(empty, 1.0, l)))  # base 2
     weight = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, l))
     if MERGE_LSE:
-        if STAGED:
-            later, first = turn & BEGINS == 0, turn & BEGINS != 0
-            old = gl.load(
-                row_places(before_lse, b, h, row), mask=rows_inside & later, other=float("-inf")
-            )
-            if MERGE_FIRST:
-                begun = gl.load(
-                    row_places(first_lse, b, h, row), mask=rows_inside & first, other=float("-inf")
-                )
-                old = gl.maximum(old, begun.to(old.dtype))  # one of them is -inf
-            old *= LOG2E
-        else:
-            old = gl.load(row_places(before_lse, b, h, row), mask=rows_inside, other=0.0) * LOG2E
-        top = gl.maximum(gl.maximum(old, part_lse.to(old.dtype)), LOWEST)
-        old_weight = gl.exp2((old - top).to(gl.float32))
-        new_weight = gl.exp2((part_lse - top).to(gl.float32))
-        sum_of_weights = old_weight + new_weight
-        nothing = sum_of_weights == 0
-        divisor = 1.0 / gl.where(nothing, 1.0, sum_of_weights)
-        acc = acc * (weight * new_weight * divisor)[:, None]
-        if STAGED:
-            if later:
+        old = earlier_lse(before_lse, first_lse, b, h, row, rows_inside, turn, STAGED, MERGE_FIRST)
+        old_weight, new_weight, new_lse = merge_weights(old, part_lse)
+        acc = acc * (weight * new_weight)[:, None]
+        if MERGE_OUT:
+            if turn & BEGINS == 0:
                 before = gl.load(_places(before_out, b, h, start, DV_PAD, O), mask=inside, other=0)
-                acc += before * (old_weight * divisor)[:, None]
-        elif MERGE_OUT:
-            before = gl.load(_places(before_out, b, h, start, DV_PAD, O), mask=inside, other=0)
-            acc += before * (old_weight * divisor)[:, None]
-        merged = top + gl.log2(gl.where(nothing, 1.0, sum_of_weights))
-        new_lse = gl.where(nothing, float("-inf"), merged)
+                acc += before * old_weight[:, None]
     else:
         acc = acc * weight[:, None]
         new_lse = part_lse

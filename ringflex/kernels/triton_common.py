@@ -105,3 +105,36 @@ def visible_in(mask_mod: tl.constexpr, b, h, q_idx, kv_idx, q_limit, kv_limit, t
         q_idx = tl.minimum(q_idx, q_limit - 1)
         kv_idx = tl.minimum(kv_idx, kv_limit - 1)
         return inside & mask_mod(b, h, q_idx, kv_idx, tables)
+
+
+@triton.jit
+def earlier_lse(
+    before_lse, first_lse, b, h, row, inside, turn, STAGED: tl.constexpr, MERGE_FIRST: tl.constexpr
+):
+    """What a forward merges with, in base 2; see `triton_forward.forward_kernel`."""
+    if STAGED:
+        later, first = turn & BEGINS == 0, turn & BEGINS != 0
+        old = tl.load(row_places(before_lse, b, h, row), mask=inside & later, other=float("-inf"))
+        if MERGE_FIRST:
+            begun = tl.load(
+                row_places(first_lse, b, h, row), mask=inside & first, other=float("-inf")
+            )
+            old = tl.maximum(old, begun.to(old.dtype))  # one of them is -inf
+        return old * LOG2E
+    else:
+        return tl.load(row_places(before_lse, b, h, row), mask=inside, other=0.0) * LOG2E
+
+
+@triton.jit
+def merge_weights(old, new):
+    """How two partial results merge, given their lse in base 2: what each counts, and the lse of
+    both. Two empty ones stay empty."""
+    new = new.to(old.dtype)
+    top = tl.maximum(tl.maximum(old, new), LOWEST)
+    old_weight = tl.exp2((old - top).to(tl.float32))
+    new_weight = tl.exp2((new - top).to(tl.float32))
+    total = old_weight + new_weight
+    nothing = total == 0
+    divisor = 1.0 / tl.where(nothing, 1.0, total)
+    merged = tl.where(nothing, float("-inf"), top + tl.log2(tl.where(nothing, 1.0, total)))
+    return old_weight * divisor, new_weight * divisor, merged

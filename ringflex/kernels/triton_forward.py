@@ -20,9 +20,11 @@ from ringflex.kernels.triton_common import (
     LN2,
     LOG2E,
     LOWEST,
+    earlier_lse,
     first_tile,
     following_tile,
     load_tile,
+    merge_weights,
     position_of,
     row_places,
     store_tile,
@@ -112,6 +114,7 @@ def forward_kernel(
     kv_head = h // group
     first_row = b * row_stride_b + h * row_stride_h
     block = tl.load(order + first_row + program % per_head // TILES_M)
+    turn = 0
     if STAGED:
         turn = tl.load(turns + first_row + block)
         if turn == 0:
@@ -148,34 +151,13 @@ def forward_kernel(
     weight = 1.0 / tl.where(empty, 1.0, l)
     result = acc * weight[:, None]
     if MERGE_LSE:
-        if STAGED:
-            later, first = turn & BEGINS == 0, turn & BEGINS != 0
-            old = tl.load(
-                row_places(before_lse, b, h, row), mask=inside & later, other=float("-inf")
-            )
-            if MERGE_FIRST:
-                begun = tl.load(
-                    row_places(first_lse, b, h, row), mask=inside & first, other=float("-inf")
-                )
-                old = tl.maximum(old, begun)  # one of them is -inf
-            old *= LOG2E
-        else:
-            old = tl.load(row_places(before_lse, b, h, row), mask=inside, other=0.0) * LOG2E
-        top = tl.maximum(tl.maximum(old, part_lse), LOWEST)
-        old_weight = tl.exp2((old - top).to(tl.float32))
-        weight = tl.exp2((part_lse - top).to(tl.float32))
-        total = old_weight + weight
-        nothing = total == 0
-        divisor = 1.0 / tl.where(nothing, 1.0, total)
-        result = result * (weight * divisor)[:, None]
-        if STAGED:
-            if later:
+        old = earlier_lse(before_lse, first_lse, b, h, row, inside, turn, STAGED, MERGE_FIRST)
+        old_weight, weight, part_lse = merge_weights(old, part_lse)
+        result = result * weight[:, None]
+        if MERGE_OUT:
+            if turn & BEGINS == 0:
                 before = load_tile(before_out, b, h, start, q_len, BLOCK_M, DV, DV_PAD, False)
-                result += before * (old_weight * divisor)[:, None]
-        elif MERGE_OUT:
-            before = load_tile(before_out, b, h, start, q_len, BLOCK_M, DV, DV_PAD, False)
-            result += before * (old_weight * divisor)[:, None]
-        part_lse = tl.where(nothing, float("-inf"), top + tl.log2(tl.where(nothing, 1.0, total)))
+                result += before * old_weight[:, None]
     if STAGED:
         if turn & ENDS == 0:
             store_tile(before_out, b, h, start, q_len, result, DV)
