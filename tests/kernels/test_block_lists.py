@@ -88,3 +88,15 @@ def test_positions() -> None:
     moved = positions(chosen, CPU)
     assert not moved.kv_in_order and moved.kv.tolist() == [[16, 80, 96]]
     assert (moved.q.dtype, moved.kv.dtype) == (torch.int32, torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("mask", "together"),
+    [(rf.causal(), True), (rf.full(), True), (rf.causal() & rf.sliding_window(64), False)],
+    ids=str,
+)
+def test_rows_that_begin_together(mask: rf.MaskMod, together: bool) -> None:
+    """Keys under a causal mask are all seen by the last queries; those of a window are not."""
+    block_mask = rf.create_block_mask(mask, None, None, 512, 512, BLOCK_SIZE=16)
+    assert key_lists(block_mask, 1, CPU, descending=True).begin_together == together
+    assert query_lists(block_mask, CPU).begin_together == together
