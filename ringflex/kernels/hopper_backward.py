@@ -86,13 +86,9 @@ def _load_list(
 
 @gluon.jit
 def _produce(
-    q, k, v, dout, lse, delta, dq, results, shared, lists, lengths, shape, score_tables,
-    mask_tables, into, scale,
-    mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
+    q, k, v, dout, lse, delta, shared, lists, padded_len, shape,
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
-    BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
-    D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
     BLOCK_N: gl.constexpr = GROUPS * KEYS
@@ -101,7 +97,6 @@ def _produce(
     k_buffers, v_buffers = buffers[2], buffers[3]
     kv_full, kv_empty = barriers[2], barriers[3]
     rows, runs, order, q_starts, kv_starts = lists
-    padded_len = lengths[3]
     last = padded_len // BLOCK_M - 1
     kv_heads, group, members, blocks, row_stride_b, row_stride_h = shape[:6]
     order_stride_b, order_stride_h, kv_stride_b, together, total_heads, leading, quota = shape[6:]
@@ -182,11 +177,9 @@ def _hidden(
 
 @gluon.jit
 def _consume(
-    q, k, v, dout, lse, delta, dq, results, shared, lists, lengths, shape, score_tables,
-    mask_tables, into, scale,
+    q, dq, results, shared, lengths, kv_heads, score_tables, mask_tables, into, scale,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
-    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
-    BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
+    PARTIAL: gl.constexpr, BLOCK_M: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -205,8 +198,7 @@ def _consume(
     lse_rows, delta_rows, ds_buffers, dq_buffers = buffers[4:]
     q_full, dout_full, kv_full, kv_empty = barriers
     dk_out, dv_out = results
-    kv_len, q_limit, kv_limit = lengths[:3]
-    kv_heads = shape[0]
+    kv_len, q_limit, kv_limit = lengths
     dq_staged = dq_buffers.index(GROUP)
     zero = gl.zeros([KEYS, BLOCK_M], gl.float32, S)
     zero_dq = gl.zeros([BLOCK_M, HALF], gl.float32, DQ)
@@ -399,31 +391,27 @@ def hopper_backward_kernel(
         (counters, words, words_full, words_empty), items,
     )  # fmt: skip
     lists = (rows, runs, order, q_starts, kv_starts)
-    lengths = (kv_len, q_limit, kv_limit, padded_len)
+    lengths = (kv_len, q_limit, kv_limit)
     shape = (
         kv_heads, group, members, blocks, row_stride_b, row_stride_h, order_stride_b,
         order_stride_h, kv_stride_b, together, total_heads, leading, quota,
     )  # fmt: skip
-    # All three times anew: in a variable, constants of a tuple would become run-time values.
+    # Both times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(
         [
             (_consume, (
-                q, k, v, dout, lse, delta, dq, (dk, dv), shared, lists, lengths, shape,
-                score_tables, mask_tables, into, scale,
-                mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
-                TILES_N, D, D_PAD, DV, DV_PAD, STAGES, 0,
+                q, dq, (dk, dv), shared, lengths, kv_heads, score_tables, mask_tables, into, scale,
+                mask_mod, score_mod, score_grad, HOW, PARTIAL, BLOCK_M, D, D_PAD, DV, DV_PAD,
+                STAGES, 0,
             )),
             (_consume, (
-                q, k, v, dout, lse, delta, dq, (dk, dv), shared, lists, lengths, shape,
-                score_tables, mask_tables, into, scale,
-                mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
-                TILES_N, D, D_PAD, DV, DV_PAD, STAGES, 1,
+                q, dq, (dk, dv), shared, lengths, kv_heads, score_tables, mask_tables, into, scale,
+                mask_mod, score_mod, score_grad, HOW, PARTIAL, BLOCK_M, D, D_PAD, DV, DV_PAD,
+                STAGES, 1,
             )),
             (_produce, (
-                q, k, v, dout, lse, delta, dq, (dk, dv), shared, lists, lengths, shape,
-                score_tables, mask_tables, into, scale,
-                mask_mod, score_mod, score_grad, HOW, PARTIAL, IN_ORDER, BLOCK_M, TILES_M,
-                TILES_N, D, D_PAD, DV, DV_PAD, STAGES, 0,
+                q, k, v, dout, lse, delta, shared, lists, padded_len, shape,
+                PARTIAL, IN_ORDER, BLOCK_M, TILES_M, TILES_N, STAGES,
             )),
         ],
         [4, 1],

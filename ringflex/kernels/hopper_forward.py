@@ -89,13 +89,10 @@ def _load_v(v, v_buffers, v_full, b, kv_head, row, number, STAGES: gl.constexpr)
 
 @gluon.jit
 def _produce(
-    q, k, v, results, shared, lists, lengths, shape, score_tables, mask_tables, scale,
-    mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
-    MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
-    STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
-    BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
-    D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
+    q, k, v, shared, lists, shape,
+    score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
+    IN_PLACE: gl.constexpr, STAGED: gl.constexpr,
+    BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
     BLOCK_M: gl.constexpr = GROUPS * ROWS
@@ -263,11 +260,10 @@ def _step(
 
 @gluon.jit
 def _consume(
-    q, k, v, results, shared, lists, lengths, shape, score_tables, mask_tables, scale,
-    mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
-    MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
-    STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
-    BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
+    q, results, shared, lengths, heads, score_tables, mask_tables, scale,
+    mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr,
+    MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, STAGED: gl.constexpr,
+    MERGE_FIRST: gl.constexpr, BLOCK_N: gl.constexpr,
     D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -281,7 +277,6 @@ def _consume(
     q_buffers, k_buffers, v_buffers = buffers
     q_full, q_empty, k_full, v_full = barriers
     q_len, q_limit, kv_limit = lengths
-    heads = shape[0]
     q_tile = q_buffers.index(GROUP).reshape([ROWS, D_PAD])
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
     taken = gl.to_tensor(0)
@@ -463,26 +458,24 @@ def hopper_forward_kernel(
         heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together, total_heads,
         leading, quota,
     )  # fmt: skip
-    # All three times anew: in a variable, constants of a tuple would become run-time values.
+    # Both times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(
         [
             (_consume, (
-                q, k, v, (out, lse, before_out, before_lse, first_lse), shared, lists, lengths,
-                shape, score_tables, mask_tables, scale,
-                mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
-                MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, 0,
+                q, (out, lse, before_out, before_lse, first_lse), shared, lengths, heads,
+                score_tables, mask_tables, scale,
+                mask_mod, score_mod, PARTIAL, MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST,
+                BLOCK_N, D_PAD, DV, DV_PAD, STAGES, 0,
             )),
             (_consume, (
-                q, k, v, (out, lse, before_out, before_lse, first_lse), shared, lists, lengths,
-                shape, score_tables, mask_tables, scale,
-                mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
-                MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, 1,
+                q, (out, lse, before_out, before_lse, first_lse), shared, lengths, heads,
+                score_tables, mask_tables, scale,
+                mask_mod, score_mod, PARTIAL, MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST,
+                BLOCK_N, D_PAD, DV, DV_PAD, STAGES, 1,
             )),
             (_produce, (
-                q, k, v, (out, lse, before_out, before_lse, first_lse), shared, lists, lengths,
-                shape, score_tables, mask_tables, scale,
-                mask_mod, score_mod, PARTIAL, IN_ORDER, MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED,
-                MERGE_FIRST, BLOCK_N, TILES_M, TILES_N, D_PAD, DV, DV_PAD, STAGES, 0,
+                q, k, v, shared, lists, shape,
+                score_mod, PARTIAL, IN_ORDER, IN_PLACE, STAGED, BLOCK_N, TILES_M, TILES_N, STAGES,
             )),
         ],
         [4, 1],

@@ -27,11 +27,9 @@ def obstacle() -> str | None:
 
 
 @gluon.jit
-def come(barrier, THREADS: gl.constexpr):
-    """Comes to a named barrier, by its number, and goes on: warp by warp, where `mbarrier.arrive`
-    has a warpgroup's warps wait for one another."""
+def _named_barrier(WHAT: gl.constexpr, barrier, THREADS: gl.constexpr):
     return gl.inline_asm_elementwise(
-        "bar.arrive $1, " + THREADS + "; mov.u32 $0, 0;",
+        "bar." + WHAT + " $1, " + THREADS + "; mov.u32 $0, 0;",
         "=r,r",
         [barrier],
         dtype=gl.int32,
@@ -41,16 +39,16 @@ def come(barrier, THREADS: gl.constexpr):
 
 
 @gluon.jit
+def come(barrier, THREADS: gl.constexpr):
+    """Comes to a named barrier, by its number, and goes on: warp by warp, where `mbarrier.arrive`
+    has a warpgroup's warps wait for one another."""
+    return _named_barrier("arrive", barrier, THREADS)
+
+
+@gluon.jit
 def wait_for(barrier, THREADS: gl.constexpr):
     """Waits at a named barrier, by its number, until `THREADS` have come, these among them."""
-    return gl.inline_asm_elementwise(
-        "bar.sync $1, " + THREADS + "; mov.u32 $0, 0;",
-        "=r,r",
-        [barrier],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    return _named_barrier("sync", barrier, THREADS)
 
 
 @gluon.jit
@@ -73,14 +71,10 @@ def packed(x, dtype: gl.constexpr):
     A loop that carried halves would take each pair apart and put it together again.
     """
     even, odd = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], gl.int32, True, 1
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], gl.int32, True, 1
-        )
+    PAIR: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+    return gl.inline_asm_elementwise(
+        "cvt.rn." + PAIR + ".f32 $0, $2, $1;", "=r,f,f", [even, odd], gl.int32, True, 1
+    )
 
 
 @gluon.jit
