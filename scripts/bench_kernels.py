@@ -41,14 +41,12 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ringflex as rf
 from commit import current_commit
+from kernels_report import FLEX, FLEX_FA4, MASKS, OURS, PORTABLE, case_of, plot, table
 from ringflex.kernels.triton_tiles import CANDIDATES
 from ringflex.reference import reference_attention_with_gradients
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
-MASKS = ("full", "causal", "window", "documents", "alibi", "softcap", "prefix")
 TILED_MASKS = ("causal", "softcap", "full")
-OURS, PORTABLE, FLEX = "ringflex", "ringflex, portable", "torch flex"
-FLEX_FA4 = "torch flex, FA4"
 WITHOUT: list[str] = []  # contenders that take long to compile
 WINDOW = 4096
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -352,77 +350,6 @@ def work(what: str, specs: list[Spec]) -> None:
         torch.cuda.empty_cache()
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line per case, with every contender's rates and ours as a ratio."""
-    lines = [
-        "| mask, tokens, heads, dim | ringflex, fwd / bwd | x torch flex | others | x memory |",
-        "|---|---|---|---|---|",
-    ]
-    for case in dict.fromkeys(_case(r) for r in rows):
-        mine = {r["contender"]: r for r in rows if _case(r) == case}
-        ours, flex = mine.pop(OURS), mine.get(FLEX, {})
-        rates = lambda r: (
-            f"{r['forward_tflops']:.0f} / {r['backward_tflops']:.0f}" if "forward" in r else "-"
-        )
-        ratio = memory = "-"
-        if "forward" in flex and "forward" in ours:
-            ratio = " / ".join(f"{flex[w] / ours[w]:.2f}" for w in ("forward", "backward"))
-            memory = f"{ours['peak'] / flex['peak']:.2f}"
-        others = ", ".join(f"{name} {rates(r)}" for name, r in mine.items())
-        lines.append(f"| {case} | {rates(ours)} | {ratio} | {others} | {memory} |")
-    return "\n".join(lines)
-
-
-def _case(row: dict[str, Any]) -> str:
-    return f"{row['mask']}, {row['tokens']:,}, {row['heads']}/{row['kv_heads']}, {row['dim']}"
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Our speed as a ratio to FlexAttention's, with FA4 where that was measured: a panel per
-    direction and head dim."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    flex = FLEX_FA4 if any(r["contender"] == FLEX_FA4 for r in rows) else FLEX
-    rows = [r for r in rows if r["contender"] in (OURS, flex)]
-    masks = [mask for mask in MASKS if any(r["mask"] == mask for r in rows)]
-    dims = sorted({r["dim"] for r in rows})
-    lengths = sorted({r["tokens"] for r in rows})
-    figure, axes = plt.subplots(2, len(dims), figsize=(5.2 * len(dims), 7), squeeze=False)
-    colours = ["#0072b2", "#e69f00", "#009e73", "#cc79a7"]  # distinct to the colour-blind
-    for (i, way), (j, dim) in itertools.product(
-        enumerate(("forward", "backward")), enumerate(dims)
-    ):
-        axis = axes[i][j]
-        for n, tokens in enumerate(lengths):
-            values = []
-            for mask in masks:
-                mine = [
-                    r for r in rows
-                    if (r["mask"], r["tokens"], r["dim"]) == (mask, tokens, dim) and way in r
-                ]  # fmt: skip
-                ratios = [
-                    t[way] / o[way]
-                    for o in mine
-                    for t in mine
-                    if o["contender"] == OURS and t["contender"] == flex
-                    and o["kv_heads"] == t["kv_heads"]
-                ]  # fmt: skip
-                values.append(statistics.mean(ratios) if ratios else 0)
-            width = 0.8 / len(lengths)
-            at = [x + (n - (len(lengths) - 1) / 2) * width for x in range(len(masks))]
-            axis.bar(at, values, width, label=f"{tokens:,} tokens", color=colours[n % 4])
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(masks)), masks, rotation=30, ha="right")
-        axis.set_title(f"{way}, head dim {dim}")
-        axis.set_ylabel(f"speed, {flex} = 1")
-    axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--masks", nargs="+", default=list(MASKS), choices=MASKS)
@@ -463,7 +390,7 @@ def main() -> None:
         kinds = itertools.product(arguments.dims, arguments.masks)
         small = [Spec(mask=m, tokens=2048, heads=8, kv_heads=2, dim=d) for d, m in kinds]
         for found in in_processes("check", small, processes):
-            print(f"errors, {_case(found)}: {found['worst_ratio']:.3f} of torch flex's")
+            print(f"errors, {case_of(found)}: {found['worst_ratio']:.3f} of torch flex's")
             record["errors"].append(found)
             assert found["worst_ratio"] <= 1.05, found
         print(f"checked after {time.time() - started:.0f} s", flush=True)
