@@ -46,7 +46,9 @@ from ringflex.kernels.select import select
 from ringflex.parallel.machine import BACKWARD, FORWARD
 
 _FEW = 128  # tokens of one program
+_LEAST = 8  # bytes of the shortest transfer
 _REPEATS = 20
+_CLEAR = 1.2  # times the shortest, from which on a rate is taken from the difference
 
 
 def kernel_rates(world: World, spec: Spec, seconds: float) -> dict[str, float]:
@@ -56,8 +58,8 @@ def kernel_rates(world: World, spec: Spec, seconds: float) -> dict[str, float]:
     products = blocks * _FEW**2 * spec.heads * spec.dim
     return {
         "launch": launch,
-        "forward": FORWARD * products / max(forward - launch, 1e-9),
-        "backward": BACKWARD * products / max(backward - launch, 1e-9),
+        "forward": FORWARD * products / beyond(launch, forward, "--tokens"),
+        "backward": BACKWARD * products / beyond(launch, backward, "--tokens"),
     }
 
 
@@ -86,27 +88,46 @@ def _kernel(world: World, spec: Spec, seconds: float) -> tuple[float, float, int
 def link(world: World, peer: int, nbytes: int) -> tuple[float, float]:
     """Bytes/s each way and latency in seconds, to and from `peer`, while all other ranks do alike;
     of the slowest."""
-    latency = _exchange(world, peer, 8)
-    return nbytes / max(_exchange(world, peer, nbytes) - latency, 1e-9), latency
+    sizes = _LEAST, nbytes
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    for _ in range(_REPEATS):  # in turn: what disturbs one size disturbs the other
+        for size in sizes:
+            times[size].append(_exchange(world, peer, size))
+    everybody = world.gather(times)
+    latency, lasts = (
+        statistics.median(max(at) for at in zip(*(rank[size] for rank in everybody), strict=True))
+        for size in sizes
+    )
+    return nbytes / beyond(latency, lasts, "--megabytes"), latency
 
 
 def _exchange(world: World, peer: int, nbytes: int) -> float:
-    """Median seconds of the slowest rank."""
+    """Seconds."""
     out, into = (torch.zeros(nbytes, dtype=torch.uint8, device=world.device) for _ in range(2))
-    times = []
-    for _ in range(_REPEATS):
-        world.align()
-        start = world.mark()
-        works = dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, into, peer)]
+    world.align()
+    start = world.mark()
+    works = dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, into, peer)]
+    )
+    for work in works:
+        work.wait()
+    end = world.mark()
+    world.synchronize()
+    return world.milliseconds(start, end) / 1e3
+
+
+def beyond(least: float, measured: float, option: str) -> float:
+    """What work takes beside what no work takes, the same on every rank.
+
+    Raises:
+        SystemExit: about nothing; a rate would be noise.
+    """
+    if measured < _CLEAR * least:
+        raise SystemExit(
+            f"{measured * 1e3:.3g} ms, and {least * 1e3:.3g} ms with next to nothing to do: no "
+            f"rate follows from that; give a larger {option}"
         )
-        for work in works:
-            work.wait()
-        end = world.mark()
-        world.synchronize()
-        times.append(world.milliseconds(start, end) / 1e3)
-    everybody = world.gather(times)
-    return statistics.median(max(at) for at in zip(*everybody, strict=True))
+    return measured - least
 
 
 def link_rates(world: World, per_node: int, nbytes: int) -> dict[str, float]:

@@ -12,6 +12,9 @@ import ringflex as rf
 pytest.importorskip("matplotlib", reason="scripts/simulate.py draws its results")
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from calibrate import beyond  # noqa: E402
 
 
 def run(script: str, *arguments: str) -> str:
@@ -66,8 +69,8 @@ def test_a_machine_is_calibrated(tmp_path: Path) -> None:
     """Two processes of this machine; what they wrote is what simulate.py then takes."""
     output = tmp_path / "machine.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += ["2", str(SCRIPTS / "calibrate.py"), "--tokens", "512", "--heads", "2"]
-    command += ["--kv-heads", "1", "--dim", "16", "--megabytes", "1", "--seconds", "0.05"]
+    command += ["2", str(SCRIPTS / "calibrate.py"), "--tokens", "1024", "--heads", "2"]
+    command += ["--kv-heads", "1", "--dim", "16", "--megabytes", "16", "--seconds", "0.05"]
     command += ["--device", "cpu", "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -85,6 +88,12 @@ def test_a_machine_is_calibrated(tmp_path: Path) -> None:
         "--tokens-per-gpu", "1024", "--output", str(found),
     )  # fmt: skip
     assert json.loads(found.read_text())["machine"] == {**written["machine"], "far": 1e9}
+
+
+def test_no_rate_follows_from_times_that_hardly_differ() -> None:
+    assert beyond(1e-3, 3e-3, "--tokens") == pytest.approx(2e-3)
+    with pytest.raises(SystemExit, match="larger --megabytes"):
+        beyond(1e-3, 1.1e-3, "--megabytes")
 
 
 @pytest.mark.parametrize("text", ["[]", '{"machine": {"speed": 1}}', '{"machine": {"near": 0}}'])
