@@ -66,7 +66,7 @@ from parallel_plots import plot_all
 from parallel_report import new_record, table
 from parallel_trace import trace
 from ringflex.parallel.layout import LAYOUTS
-from ringflex.parallel.steps import STRATEGIES
+from ringflex.parallel.strategies import STRATEGIES
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 OURS = "ringflex"

@@ -35,7 +35,7 @@ from parallel_trace import write_trace
 from ringflex.parallel.layout import LAYOUTS
 from ringflex.parallel.machine import AttentionShape, Machine
 from ringflex.parallel.predict import Prediction, predict
-from ringflex.parallel.steps import STRATEGIES
+from ringflex.parallel.strategies import STRATEGIES
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 

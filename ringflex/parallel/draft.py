@@ -19,7 +19,7 @@ from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
 from ringflex.parallel.machine import Machine
 from ringflex.parallel.needs import Reads, need_rows, needs_of
 from ringflex.parallel.plan import Plan, stats_of
-from ringflex.parallel.steps import AUTOMATIC, STRATEGIES, build_steps, received_blocks
+from ringflex.parallel.strategies import AUTOMATIC, STRATEGIES, build_steps, received_blocks
 from ringflex.parallel.survey import (
     Survey,
     balanced_layout,

@@ -1,36 +1,31 @@
 """The steps of a plan that sends each block between two nodes once. Pure.
 
 Ranks are numbered node by node. The rank at place p of a node *relays* what its node reads of the
-ranks at place p of other nodes, so that every GPU uses its own way out of the node. Blocks of other
-nodes arrive in pairs of steps: a relaying step brings each rank what it relays, and steps after it
-bring, within the node, what a rank reads of what its neighbours relay. dK/dV take the same way
-back: they are added up at the relay, and leave the node once.
+ranks at place p of other nodes, so that every GPU uses its own way out of the node. Both levels are
+under way at once: a step brings what the ranks of a node read of each other, or of what its relays
+received one step before, and beside that what this rank relays next.
 
-A step within the node brings up to what the node's ranks hold together: its kernel is long enough
-to hide the next blocks' way from another node. A rank so holds more than with other strategies,
-but no more with more nodes.
+dK/dV take the same way back: they are added up at the relay, and leave the node once, in the second
+exchange after the step that brought the K/V; the relay has its node's by then.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ringflex.masks.runs import Array
 from ringflex.parallel.needs import Reads
 
-if TYPE_CHECKING:
-    from ringflex.parallel.steps import Held, Step, StepMaker
+from ringflex.parallel.steps import Held, Moved, StepMaker
 
 
-def hierarchical_steps(maker: StepMaker, per_node: int) -> list[Step]:
+def add_hierarchical_steps(maker: StepMaker, per_node: int) -> None:
     """All steps but the local one, which is the first.
 
     Args:
         per_node: ranks per node; they divide the ranks.
     """
-    return _Hierarchy(maker, per_node).steps()
+    _Hierarchy(maker, per_node).add_steps()
 
 
 def grouped(arriving: Array, room: int) -> list[list[int]]:
@@ -56,77 +51,87 @@ class _Hierarchy:
         self.N = W // self.G
         self.node, self.place = divmod(maker.rank, self.G)
         self.mates = [self.reads.by(self._rank(self.node, p)) for p in range(self.G)]
-        self.room = self.reads.layout.blocks // W
 
-    def _rank(self, node: int, place: int) -> int:
-        return node % self.N * self.G + place % self.G
+    def add_steps(self) -> None:
+        """Step k passes on piece k - 1 and relays piece k: distances, in nodes, of what its owners
+        hold. Piece 0 is the node's own."""
+        pieces = [[0], *self._far_pieces()]
+        if len(pieces) == 1 and not self._anything_near():
+            return
+        delay = 2 if self.G > 1 else 0  # steps from a relay's K/V to its dK/dV
+        last = len(pieces) - 1 + delay if len(pieces) > 1 else 1
+        for number in range(1, last + 1):
+            source, home = number - 1, number - delay
+            passed, relayed, returned = (
+                pieces[k] if least <= k < len(pieces) else []
+                for k, least in ((source, 0), (number, 1), (home, 1))
+            )
+            comes = self._passed_here(passed, number)
+            leaves = self._passed_on(passed, source)
+            self.maker.add(
+                [*comes, *self._relayed_here(relayed, number)],
+                [*leaves, *self._relayed_there(relayed)],
+                [*comes, *self._relayed_here(returned, home)],
+                [*leaves, *self._relayed_there(returned)],
+            )
 
-    def steps(self) -> list[Step]:
-        G, N = self.G, self.N
-        rank = np.arange(G * N)
-        node, place = rank // G, rank % G
-        read = _by_owner(self.reads)  # [W readers, W owners]
+    def _far_pieces(self) -> list[list[int]]:
+        """Distances that share a step; idle ones are left out."""
+        W, G, N = self.maker.world, self.G, self.N
+        node, place = np.divmod(np.arange(W), G)
         union = self.reads.counts(self.reads.needs.shared(G))  # [nodes, W owners]
-        near = np.stack([read[rank, node * G + (place - e) % G] for e in range(G)], axis=1)
-        steps = [self._near_step(group) for group in grouped(near, G * self.room)]
         relayed = np.stack([union[node, (node - d) % N * G + place] for d in range(N)], axis=1)
         relayed[:, 0] = 0
-        for far in grouped(relayed, self.room):
-            number = 1 + len(steps)
-            relaying, held = self._relaying_step(far)
-            passed = np.zeros((G * N, G), dtype=np.int64)
-            for e in range(1, G):
-                for d in far:
-                    passed[:, e] += read[rank, (node - d) % N * G + (place - e) % G]
-            steps.append(relaying)
-            steps += [
-                self._passing_step(far, group, number, held)
-                for group in grouped(passed, G * self.room)
-            ]
-        return steps
+        return grouped(relayed, self.reads.layout.blocks // W)
 
-    def _near_step(self, distances: list[int]) -> Step:
-        owners = [self._rank(self.node, self.place - e) for e in distances]
-        readers = [self._rank(self.node, self.place + e) for e in distances]
-        maker = self.maker
-        comes = {o: maker.between(maker.seen, o) for o in owners}
-        leaves = {r: maker.between(maker.shown, r) for r in readers}
-        return maker.step(comes, leaves)
+    def _anything_near(self) -> bool:
+        rank = np.arange(self.maker.world)
+        owner = (rank[:, None] - rank) % rank.size  # at each distance
+        near = owner // self.G == rank[:, None] // self.G
+        return bool(self.reads.at[near].any())
 
-    def _relaying_step(self, distances: list[int]) -> tuple[Step, Held]:
-        """And what its buffer holds."""
-        maker, G = self.maker, self.G
-        comes, leaves = {}, {}
-        for d in distances:
-            owner = self._rank(self.node - d, self.place)
-            reader = self._rank(self.node + d, self.place)
-            first = reader - self.place
-            comes[owner] = _union([maker.between(seen, owner) for seen in self.mates])
-            leaves[reader] = _union([maker.between(maker.shown, first + p) for p in range(G)])
-        return maker.step(comes, leaves), maker.arriving(comes)
+    def _passed_here(self, piece: list[int], step: int) -> list[Moved]:
+        """What comes of the relays of this node."""
+        return [
+            Moved(self._rank(self.node, relay), self._read(self.place, relay, piece), step)
+            for relay in self._others(-1)
+        ] if piece else []
 
-    def _passing_step(
-        self, far: list[int], distances: list[int], relaying: int, held: Held
-    ) -> Step:
-        """What the relaying step of that number brought, `held`, within the node."""
-        maker = self.maker
-        comes, leaves = {}, {}
-        for e in distances:
-            relay, reader = (self.place - e) % self.G, (self.place + e) % self.G
-            comes[self._rank(self.node, relay)] = self._of_others(self.place, relay, far)
-            leaves[self._rank(self.node, reader)] = self._of_others(reader, self.place, far)
-        return maker.step(comes, leaves, source=relaying, into=relaying, source_holds=held)
+    def _passed_on(self, piece: list[int], step: int) -> list[Moved]:
+        """What leaves for the readers of this node."""
+        return [
+            Moved(self._rank(self.node, reader), self._read(reader, self.place, piece), step)
+            for reader in self._others(1)
+        ] if piece else []
 
-    def _of_others(self, reader: int, relay: int, far: list[int]) -> Held:
-        """What the rank at one place reads of what the rank at another relays."""
-        owners = [self._rank(self.node - d, relay) for d in far]
+    def _relayed_here(self, piece: list[int], step: int) -> list[Moved]:
+        """What comes to this rank, for its node, of its like in others."""
+        owners = [self._rank(self.node - d, self.place) for d in piece]
+        return [
+            Moved(o, _union([self.maker.between(seen, o) for seen in self.mates]), step)
+            for o in owners
+        ]
+
+    def _relayed_there(self, piece: list[int]) -> list[Moved]:
+        """What leaves for its like in other nodes."""
+        moved = []
+        for d in piece:
+            first = self._rank(self.node + d, 0)
+            read = [self.maker.between(self.maker.shown, first + p) for p in range(self.G)]
+            moved.append(Moved(first + self.place, _union(read)))
+        return moved
+
+    def _read(self, reader: int, relay: int, piece: list[int]) -> Held:
+        """What the rank at one place reads of what the one at another relays, or has."""
+        owners = [self._rank(self.node - d, relay) for d in piece]
         return _union([self.maker.between(self.mates[reader], owner) for owner in owners])
 
+    def _others(self, way: int) -> list[int]:
+        """The other places of the node, nearest first."""
+        return [(self.place + way * e) % self.G for e in range(1, self.G)]
 
-def _by_owner(reads: Reads) -> Array:
-    W = reads.layout.world_size
-    rank = np.arange(W)
-    return reads.at[rank[:, None], (rank[:, None] - rank) % W]
+    def _rank(self, node: int, place: int) -> int:
+        return node % self.N * self.G + place
 
 
 def _union(held: list[Held]) -> Held:

@@ -146,9 +146,7 @@ class _Line:
         last_kernel = "backward dQ" if queries else "backward"
         done = np.zeros(self.W)  # when nothing is
         since, until = start, end  # the last dQ
-        into = {step[0].into: n for n, step in enumerate(self.steps) if step[0].into is not None}
-        relaying: set[int] = set()
-        sent: list[tuple[int, Array]] = []  # the steps whose dK/dV are on their way
+        sent: tuple[int, Array] | None = None  # the step whose exchange of dK/dV is under way
 
         def wait(end: Array, arrived: Array) -> Array:
             nonlocal waits
@@ -164,21 +162,13 @@ class _Line:
             behind = behind - filled
             return filled
 
-        def send(number: int, posted: Array) -> None:
-            begun, lasts = self._transfer(number, "collects", self._bytes(True), posted)
-            self._note("transfer", "dK/dV", number, begun, begun + lasts)
-            sent.append((number, begun + lasts))
-
         def settle(end: Array) -> Array:
-            came, sent[:] = list(sent), []
-            for number, arrived in came:
-                end = wait(end, arrived)
-                relay = self.steps[number][0].into
-                if relay is None:  # it is added to the local dK/dV
-                    end = end + fill(end, behind)
-                elif into[relay] == number:
-                    relaying.remove(relay)
-                    send(relay, end)
+            if sent is None:
+                return end
+            number, arrived = sent
+            end = wait(end, arrived)
+            if any(t.of == 0 for step in self.steps[number] for t in step.collects):
+                end = end + fill(end, behind)  # they are added to the local dK/dV
             return end
 
         for number in range(1, len(self.steps)):
@@ -195,17 +185,16 @@ class _Line:
                 self._note("compute", "backward dK, dV", number, start, made)
                 since = made
             end = settle(end)
-            if number in into:
-                relaying.add(number)
-            else:
-                send(number, made)
+            relayed = any(t.of < number for step in self.steps[number] for t in step.returns)
+            posted = end if relayed else made
+            begun, lasts = self._transfer(number, "collects", self._bytes(True), posted)
+            self._note("transfer", "dK/dV", number, begun, begun + lasts)
+            sent = number, begun + lasts
         self._note("compute", last_kernel, len(self.steps) - 1, since, until)
-        while sent and relaying:
-            end = settle(end)
         end = end + fill(end, behind)
         self._note("behind", "backward dK, dV", 0, np.zeros(self.W), done)
-        for _, arrived in sent:
-            end = wait(end, arrived)
+        if sent is not None:
+            end = wait(end, sent[1])
         return end, waits
 
     def _bytes(self, gradients: bool = False) -> float:
@@ -217,15 +206,15 @@ class _Line:
     ) -> tuple[Array, Array]:
         """When a step's transfers begin on each rank, and how long they last; 0 where none are."""
         m, W = self.machine, self.W
-        begins, into, out = posted.copy(), np.zeros(W), np.zeros(W)
+        begins, into, out = posted.copy(), np.zeros((2, W)), np.zeros((2, W))
         pairs: list[tuple[int, int]] = []
         for rank, step in enumerate(self.steps[number]):
             transfers: Sequence[Transfer] = getattr(step, incoming)
             for t in transfers:
-                near = rank // m.gpus_per_node == t.peer // m.gpus_per_node
-                takes = t.count * per_block / (m.near if near else m.far)
-                into[rank] += takes
-                out[t.peer] += takes
+                far = rank // m.gpus_per_node != t.peer // m.gpus_per_node
+                takes = t.count * per_block / (m.far if far else m.near)
+                into[int(far), rank] += takes
+                out[int(far), t.peer] += takes
                 pairs.append((rank, t.peer))
         if not pairs:
             return begins, np.zeros(W)
@@ -233,7 +222,7 @@ class _Line:
         both = np.maximum(posted[here], posted[there])
         for side in (here, there):
             np.maximum.at(begins, side, both)
-        own = np.maximum(into, out)
+        own = np.maximum(into, out).max(axis=0)  # both ways and both links at once
         lasts = own.copy()
         np.maximum.at(lasts, here, own[there])
         return begins, np.where(own > 0, lasts + m.latency, 0.0)

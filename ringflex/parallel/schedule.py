@@ -8,7 +8,7 @@ order: the same inputs give the same bits on every run where the kernel is deter
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -180,8 +180,8 @@ class _Arrivals:
 
     def __iter__(self) -> Iterator[tuple[int, Step, Pair]]:
         held, steps = self.local, self.plan.steps
-        last = {step.source: number for number, step in enumerate(steps)}  # that sends from each
-        kept: dict[int | None, Pair] = {None: self.local}
+        last = {t.of: number for number, step in enumerate(steps) for t in step.sends}
+        kept = {0: self.local}
         for number, step in enumerate(steps):
             if self.incoming is not None:
                 held = self.incoming.wait()
@@ -189,10 +189,9 @@ class _Arrivals:
             if number in last:
                 kept[number] = held
             if number + 1 < len(steps):
-                source = steps[number + 1].source
-                self.incoming = _Incoming(self.plan, number + 1, kept[source], self.local)
-                if source is not None and last[source] == number + 1:
-                    del kept[source]
+                self.incoming = _Incoming(self.plan, number + 1, kept)
+                kept = {of: pair for of, pair in kept.items() if last.get(of, 0) > number + 1}
+                kept[0] = self.local
             yield number, step, held
             self.post()
 
@@ -203,13 +202,18 @@ class _Arrivals:
 
 
 class _Incoming:
-    """K/V of one step: allocated at once; packed and posted, on a GPU, when it is told."""
+    """K/V of one step: allocated at once; packed and posted, on a GPU, when it is told.
 
-    def __init__(self, plan: Plan, number: int, source: Pair, like: Pair) -> None:
+    Args:
+        kept: the buffers that it is sent from, by step.
+    """
+
+    def __init__(self, plan: Plan, number: int, kept: Mapping[int, Pair]) -> None:
         self.comm, self.number, self.step = _comm(plan), number, plan.steps[number]
-        self.source, self.like, self.block_size = source, like, plan.layout.block_size
-        self.messages = [new_message(t, like, self.block_size) for t in self.step.receives]
-        self.sends = [new_message(t, like, self.block_size) for t in self.step.sends]
+        self.like, self.block_size = kept[0], plan.layout.block_size
+        self.sources = [kept[t.of] for t in self.step.sends]
+        self.messages = [new_message(t, self.like, self.block_size) for t in self.step.receives]
+        self.sends = [new_message(t, self.like, self.block_size) for t in self.step.sends]
         self.exchange: Exchange | None = None
         self.ready = self.comm.ready()  # before this the messages' memory may be in other use
         if self.ready is None:
@@ -218,8 +222,10 @@ class _Incoming:
     def post(self) -> None:
         if self.exchange is None:
             with self.comm.aside(self.ready):
-                for transfer, message in zip(self.step.sends, self.sends, strict=True):
-                    pack(transfer, self.source, message, self.block_size)
+                for transfer, source, message in zip(
+                    self.step.sends, self.sources, self.sends, strict=True
+                ):
+                    pack(transfer, source, message, self.block_size)
             self.exchange = _exchange(
                 self.comm, self.step.sends, self.sends, self.step.receives, self.messages,
                 self.ready, "K/V", self.number,
@@ -233,66 +239,58 @@ class _Incoming:
 
 
 class _Returns:
-    """dK/dV on their way: what a step sends is added where it belongs one step later. Those of a
-    relaying step go on when all that it collects are added."""
+    """dK/dV on their way: what an exchange brings is added where it belongs one step later. Those
+    of a relay are kept until all that it collects are added, and leave with a later step's."""
 
     def __init__(self, plan: Plan, home: Pair, lanes: Lanes) -> None:
         self.plan, self.home, self.lanes = plan, home, lanes
-        # Of each relaying step, the last one whose dK/dV it collects.
-        self.last = {s.into: n for n, s in enumerate(plan.steps) if s.into is not None}
-        self.relaying: dict[int, _Return] = {}
-        self.sent: list[_Return] = []
+        # Of each step that collects for others, the last one that its dK/dV leave with.
+        self.last = {
+            t.of: number
+            for number, step in enumerate(plan.steps)
+            for t in step.returns
+            if t.of < number
+        }
+        self.kept: dict[int, Pair] = {}  # dK/dV of relays
+        self.sent: _Return | None = None
 
     def of(self, number: int, step: Step, held: Pair, options: KernelOptions) -> _Return:
         return _Return(self.plan, number, step, held, options, relays=number in self.last)
 
     def submit(self, back: _Return) -> None:
-        """Its kernel is launched."""
+        """Its kernel is launched, and what was sent before is added."""
         if back.number in self.last:
-            self.relaying[back.number] = back
-        else:
-            self._send(back)
+            assert back.gradients is not None
+            self.kept[back.number] = back.gradients
+        if any(t.of < back.number for t in back.step.returns):
+            back.seal()  # they were added to since
+        back.post(self.kept)
+        self.sent = back
+        self.kept = {n: pair for n, pair in self.kept.items() if self.last[n] > back.number}
 
     def settle(self) -> None:
         """Adds what was sent before."""
-        sent, self.sent = self.sent, []
-        for back in sent:
-            into = back.step.into
-            if into is None:
+        if self.sent is not None:
+            if any(t.of == 0 for t in self.sent.step.collects):
                 self.lanes.meet()
-                back.add_into(self.home)
-                continue
-            relay = self.relaying[into]
-            assert relay.gradients is not None
-            back.add_into(relay.gradients)
-            if self.last[into] == back.number:
-                del self.relaying[into]
-                relay.seal()
-                self._send(relay)
-
-    def _send(self, back: _Return) -> None:
-        back.post()
-        self.sent.append(back)
+            self.sent.add_to({0: self.home, **self.kept})
+            self.sent = None
 
     def all_added(self, dtype: torch.dtype) -> Pair:
         """Of the local K/V, in `dtype`."""
-        while self.relaying:
-            self.settle()
-        if not self.sent:
+        if self.sent is None:
             return self.home
-        *sent, last = self.sent
         self.lanes.meet()
-        for back in sent:
-            back.add_into(self.home)
-        return last.added_to(self.home, dtype)
+        return self.sent.added_to(self.home, dtype)
 
 
 class _Return:
-    """dK/dV of one step, then their way to the ranks that own the blocks.
+    """An exchange of dK/dV: those of one step, perhaps relayed ones of an earlier step, and those
+    that come in.
 
     Attributes:
-        gradients: where the kernel leaves them, if there are any. If one message takes all, that
-            is the message, but for a step that relays: others' are added to its gradients.
+        gradients: where the kernel leaves the step's, if there are any. If one message takes all,
+            that is the message, but for a relay: others' are added to its gradients.
     """
 
     def __init__(
@@ -309,8 +307,11 @@ class _Return:
         self.block_size = plan.layout.block_size
         dtype = options.gradient_dtype or compute_dtype(held.k.dtype)
         self.sends = [new_message(t, held, self.block_size, dtype) for t in step.returns]
-        whole = [t for t in step.returns if len(t.blocks) == 1 and t.count == step.width]
-        self.packed = len(whole) == 1 and not relays
+        own = [t for t in step.returns if t.of == number]
+        self.packed = (
+            not relays and len(step.returns) == len(own) == 1
+            and len(own[0].blocks) == 1 and own[0].count == step.width
+        )  # fmt: skip
         self.gradients: Pair | None = None
         if self.packed:
             self.gradients = unpack(step.returns, self.sends, held, step.width, self.block_size)
@@ -319,6 +320,7 @@ class _Return:
             if step.mask is None:
                 _zero(self.gradients)
         self.messages = [new_message(t, held, self.block_size, dtype) for t in step.collects]
+        self.sources: list[Pair] = []
         self.ready: torch.cuda.Event | None = None
         self.exchange: Exchange | None = None
 
@@ -326,26 +328,31 @@ class _Return:
         """The kernel that computes them is launched."""
         self.ready = self.comm.ready()
 
-    def post(self) -> None:
-        if self.gradients is not None and not self.packed:
+    def post(self, kept: Mapping[int, Pair]) -> None:
+        """Sends them, and those of earlier steps."""
+        if not self.packed:
+            made = kept if self.gradients is None else {**kept, self.number: self.gradients}
+            self.sources = [made[t.of] for t in self.step.returns]  # alive until they are packed
             with self.comm.aside(self.ready):
-                for transfer, message in zip(self.step.returns, self.sends, strict=True):
-                    pack(transfer, self.gradients, message, self.block_size)
+                for transfer, source, message in zip(
+                    self.step.returns, self.sources, self.sends, strict=True
+                ):
+                    pack(transfer, source, message, self.block_size)
         self.exchange = _exchange(
             self.comm, self.step.returns, self.sends, self.step.collects, self.messages,
             self.ready, "dK/dV", self.number,
         )  # fmt: skip
 
-    def add_into(self, home: Pair) -> None:
-        """Adds what came home."""
+    def add_to(self, gradients: Mapping[int, Pair]) -> None:
+        """Adds what came in, by the step that it is of."""
         assert self.exchange is not None
         self.exchange.wait()
         for transfer, message in zip(self.step.collects, self.messages, strict=True):
-            add(transfer, message, home, self.block_size)
+            add(transfer, message, gradients[transfer.of], self.block_size)
 
     def added_to(self, home: Pair, dtype: torch.dtype) -> Pair:
         """`home` and what came home, in `dtype`."""
-        assert self.exchange is not None
+        assert self.exchange is not None and all(t.of == 0 for t in self.step.collects)
         self.exchange.wait()
         return add_all(self.step.collects, self.messages, home, self.block_size, dtype)
 

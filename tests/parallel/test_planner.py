@@ -29,10 +29,10 @@ def fingerprint(plan: rf.Plan) -> tuple[Any, ...]:
     """All that a plan says, as plain data."""
     steps = [
         [
-            [(t.peer, [b.tolist() for b in t.blocks]) for t in transfers]
+            [(t.peer, t.of, [b.tolist() for b in t.blocks]) for t in transfers]
             for transfers in (step.receives, step.sends, step.returns, step.collects)
         ]
-        + [step.width, step.source, step.mask and step.mask.block_map().tolist()]
+        + [step.width, step.mask and step.mask.block_map().tolist()]
         for step in plan.steps
     ]
     layout = (plan.layout.name, plan.layout.owner.tolist(), plan.strategy)

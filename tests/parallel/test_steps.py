@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import ringflex as rf
 from attention_cases import LAYOUTS, MASKS, STRATEGIES, Case, dense_mask
 from ringflex.masks.runs import Array
-from ringflex.parallel.steps import Transfer
+from ringflex.parallel.steps import Step, Transfer
 
 Buffer = list[Array]  # global block numbers, one array for each batch element of the mask
 
@@ -30,15 +30,19 @@ def read(buffer: Buffer, transfer: Transfer) -> list[list[int]]:
 
 
 def by_pair(
-    transfers: Sequence[Sequence[Transfer]], buffers: Sequence[Buffer], *, outgoing: bool
+    transfers: Sequence[Sequence[Transfer]], every: Sequence[Sequence[Buffer]], *, outgoing: bool
 ) -> dict[tuple[int, int], list[list[list[int]]]]:
-    """Messages of one step by (from, to), in the order in which that rank lists them."""
+    """Messages of one step by (from, to), in the order in which that rank lists them.
+
+    Args:
+        every: of each step, what ranks hold.
+    """
     messages: dict[tuple[int, int], list[list[list[int]]]] = {}
-    for rank, (of_rank, buffer) in enumerate(zip(transfers, buffers)):
+    for rank, of_rank in enumerate(transfers):
         for transfer in of_rank:
             assert transfer.peer != rank
             pair = (rank, transfer.peer) if outgoing else (transfer.peer, rank)
-            messages.setdefault(pair, []).append(read(buffer, transfer))
+            messages.setdefault(pair, []).append(read(every[transfer.of][rank], transfer))
     return messages
 
 
@@ -49,46 +53,76 @@ def play(plans: list[rf.Plan]) -> None:
     every: list[list[Buffer]] = [local]  # of each step, what ranks hold
     assert len({len(p.steps) for p in plans}) == 1
     needs = plans[0].needs.dense()
-    returned = np.zeros_like(needs)
+    remote = layout.owner[None, :] != np.arange(layout.world_size)[:, None]  # [W, blocks]
+    remote_needs = needs & remote[:, None]
     seen = [np.zeros_like(p.rows.block_map()) for p in plans]
+    shares: list[list[Shares]] = []  # of each step and rank
+    under_way: list[tuple[Shares, int, Array, Array]] = []
     for i, steps in enumerate(zip(*(p.steps for p in plans))):
         if i == 0:
             assert not any(s.receives or s.sends or s.returns or s.collects for s in steps)
             assert all(s.width == layout.blocks // layout.world_size for s in steps)
         else:
             every.append(arrive(plans, i, every))
-        held = every[i]
-        for plan, step, buffer in zip(plans, steps, held):
+        for plan, step, buffer in zip(plans, steps, every[i]):
             if step.mask is not None:
                 look(plan, step.mask, buffer, seen[plan.rank])
-        # Gradients go home, to where the block came from, or to who relayed it; and no block of
-        # this rank is returned.
-        (into,) = {s.into for s in steps}
-        out = by_pair([s.returns for s in steps], held, outgoing=True)
-        assert out == by_pair([s.collects for s in steps], every[into or 0], outgoing=False)
-        relays = any(s.into == i for s in plans[0].steps)
-        for (rank, peer), messages in out.items():
-            for message in messages:
-                for group, blocks in enumerate(message):
-                    if into is None:
-                        assert (layout.owner[blocks] == peer).all()
-                    else:  # the relay returns it when it has this rank's share
-                        assert into < i and set(blocks) <= set(every[into][peer][group])
-                    if relays:
-                        blocks = [b for b in blocks if needs[rank, group, b]]
-                    assert not returned[rank, group, blocks].any()  # once only
-                    returned[rank, group, blocks] = True
-    remote = layout.owner[None, :] != np.arange(layout.world_size)[:, None]  # [W, blocks]
-    assert (returned == needs & remote[:, None]).all()
+        shares.append([own_shares(p.rank, b, remote_needs) for p, b in zip(plans, every[i])])
+        # Gradients of the same blocks leave and come in.
+        out = by_pair([s.returns for s in steps], every, outgoing=True)
+        assert out == by_pair([s.collects for s in steps], every, outgoing=False)
+        # What came with the exchange before is added, each rank's share once, and may leave now.
+        settle(under_way)
+        under_way = travel(steps, shares)
+    settle(under_way)
+    for rank, home in enumerate(shares[0]):
+        for group, there in enumerate(home):
+            blocks = every[0][rank][group]
+            assert (there == remote_needs[:, group, blocks].T).all()
     for plan in plans:
         assert (seen[plan.rank] == plan.rows.block_map()).all()
+
+
+Shares = list[Array]  # per batch element, [blocks, W]: whose share a block's gradient has
+
+
+def own_shares(rank: int, buffer: Buffer, needs: Array) -> Shares:
+    shares = [np.zeros((blocks.size, needs.shape[0]), dtype=bool) for blocks in buffer]
+    for group, blocks in enumerate(buffer):
+        filled = blocks >= 0
+        shares[group][filled, rank] = needs[rank, group, blocks[filled]]
+    return shares
+
+
+def travel(
+    steps: Sequence[Step], shares: Sequence[Sequence[Shares]]
+) -> list[tuple[Shares, int, Array, Array]]:
+    """What an exchange of gradients adds: to which shares, of which batch element, where, what."""
+    sent: dict[tuple[int, int], list[list[Array]]] = {}
+    for rank, step in enumerate(steps):
+        for t in step.returns:
+            parts = [part[at] for part, at in zip(shares[t.of][rank], t.blocks)]
+            sent.setdefault((rank, t.peer), []).append(parts)
+    added = []
+    for rank, step in enumerate(steps):
+        for t in step.collects:
+            parts = sent[t.peer, rank].pop(0)
+            for group, (at, part) in enumerate(zip(t.blocks, parts)):
+                added.append((shares[t.of][rank], group, at, part))
+    return added
+
+
+def settle(added: Sequence[tuple[Shares, int, Array, Array]]) -> None:
+    for shares, group, at, part in added:
+        assert part.any(axis=1).all()  # nothing without a share is sent
+        assert not (shares[group][at] & part).any()
+        shares[group][at] |= part
 
 
 def arrive(plans: list[rf.Plan], i: int, every: list[list[Buffer]]) -> list[Buffer]:
     """What the buffers of step `i` hold; every receive has its send."""
     steps = [p.steps[i] for p in plans]
-    sources = [every[s.source or 0][r] for r, s in enumerate(steps)]
-    sent = by_pair([s.sends for s in steps], sources, outgoing=True)
+    sent = by_pair([s.sends for s in steps], every, outgoing=True)
     arrived: list[Buffer] = []
     for plan, step in zip(plans, steps):
         buffer = [np.full(step.width, -1) for _ in range(plans[0].needs.groups)]
