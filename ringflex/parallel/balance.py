@@ -22,11 +22,11 @@ from ringflex.parallel.swaps import Deal, Problem, improve, prefix
 _NODE = 8  # ranks that the first cuts leave together
 _WINDOWS = 64  # windows compared when one is peeled off
 _HOPELESS = 4  # times the best cost, from which swaps do not lead
-_STEPS = 200_000_000  # columns looked at in all before the search ends: about half a second
+STEPS = 200_000_000  # columns looked at in all before the search ends: about half a second
 
 
 def balance(
-    work: Array, need: Array, world_size: int, *, transfer: int, steps: int = _STEPS
+    work: Array, need: Array, world_size: int, *, transfer: int, steps: int = STEPS
 ) -> Array:
     """The owner of each chunk, int64 `[C]`; every rank owns `C / world_size` chunks.
 
@@ -52,50 +52,6 @@ def balance(
     improve(best, steps // 2)
     # Swaps follow a smooth measure of the cost, which may lead from an optimum to its like.
     return best.owner if best.cost() < found[0] else found[1]
-
-
-def nested(
-    work: Array, need: Array, world_size: int, *, node: int, transfer: int, far: float
-) -> Array:
-    """As `balance`, for nodes of `node` ranks: windows of the sequence go to nodes where work and
-    what is seen across weigh least together, and each node balances its own.
-
-    Args:
-        far: work as long as one chunk takes to come from another node.
-    """
-    problem = Problem(work, need, world_size, transfer)
-    C, layers = problem.C, problem.layers
-    owner = np.zeros(C, dtype=np.int64)
-    nodes = -(-world_size // node)
-    parts = [(np.arange(C), 0, world_size)]  # chunks, first rank, ranks
-    while parts:
-        chunks, rank, ranks = parts.pop()
-        if ranks <= node:
-            here = np.zeros(C, dtype=bool)
-            here[chunks] = True
-            inside = need[chunks][:, np.tile(here, layers)]
-            mine = balance(work[chunks], inside, ranks, transfer=transfer, steps=_STEPS // nodes)
-            owner[chunks] = rank + mine
-            continue
-        first = -(-ranks // (2 * node)) * node
-        window, rest = _window(problem, chunks, first, ranks, far)
-        parts += [(window, rank, first), (rest, rank + first, ranks - first)]
-    return owner
-
-
-def moved(need: Array, owner: Array, world_size: int, node: int) -> Array:
-    """Chunks of K/V that each rank receives, and sends, over all layers, int64 `[2, 2, W]`: of
-    each, with ranks of its own node, and with others."""
-    owners = np.tile(owner, need.shape[1] // owner.size)
-    found = np.zeros((2, 2, world_size), dtype=np.int64)
-    for rank in range(world_size):
-        sees = np.bincount(owners[need[owner == rank].any(axis=0)], minlength=world_size)
-        sees[rank] = 0
-        near = np.arange(world_size) // node == rank // node
-        for where, there in enumerate((near, ~near)):
-            found[0, where, rank] = sees[there].sum()
-            found[1, where] += np.where(there, sees, 0)
-    return found
 
 
 def _simple(problem: Problem) -> tuple[Array, Array, Array]:
@@ -143,12 +99,12 @@ def _halved(problem: Problem) -> Array:
             owner[chunks] = rank
             continue
         first = ranks // 2 if ranks <= _NODE else -(-ranks // (2 * _NODE)) * _NODE
-        window, rest = _window(problem, chunks, first, ranks)
-        parts += [(window, rank, first), (rest, rank + first, ranks - first)]
+        mine, rest = window(problem, chunks, first, ranks)
+        parts += [(mine, rank, first), (rest, rank + first, ranks - first)]
     return owner
 
 
-def _window(
+def window(
     problem: Problem, chunks: Array, first: int, ranks: int, far: float | None = None
 ) -> tuple[Array, Array]:
     """Of some chunks, a window for `first` of their `ranks`, and the others: where least K/V is

@@ -16,11 +16,13 @@ from ringflex.masks.builder import BlockMaskBuilder
 from ringflex.masks.runs import Array
 from ringflex.masks.trace_cache import traced_mask
 from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
+from ringflex.parallel.links import Costs, whole_nodes
 from ringflex.parallel.machine import Machine
 from ringflex.parallel.needs import Reads, need_rows, needs_of
 from ringflex.parallel.plan import Plan, stats_of
-from ringflex.parallel.strategies import AUTOMATIC, STRATEGIES, build_steps, received_blocks
+from ringflex.parallel.strategies import STRATEGIES, build_steps, fastest_strategy
 from ringflex.parallel.survey import (
+    Relays,
     Survey,
     balanced_layout,
     best_layout,
@@ -32,10 +34,6 @@ if TYPE_CHECKING:
     from ringflex.parallel.comm import Communicator
 
 MaskFunction = Callable[..., Tensor]
-
-# GPUs of a node for which a block from another node comes, if it comes once for all: tried on
-# packed documents, with 2 to 8 nodes of eight.
-_SHARED = 2
 
 # Layouts that depend on the masks.
 _CHOICES = {"auto": best_layout, "balanced": balanced_layout, "nested": nested_layout}
@@ -167,10 +165,14 @@ class Draft:
         heads = math.lcm(*(builder.H for builder in builders))
         survey = Survey.from_rows(np.concatenate(told), chunk, heads, layers * blocks // chunk)
         choice = _CHOICES[self.request.layout]  # type: ignore[index]
-        machine = self.request.machine
-        if self.request.strategy == "hierarchical":
-            machine = replace(machine, far=min(machine.near, machine.far * _SHARED))
-        self.layout = choice(survey, *self.request.sizes, machine)
+        costs = Costs.of(self.request.machine, self.request.block_size)
+        self.layout = choice(survey, *self.request.sizes, costs, self._relays())
+
+    def _relays(self) -> Relays:
+        strategy, W = self.request.strategy, self.request.world_size
+        if not whole_nodes(W, self.request.machine.gpus_per_node):
+            return Relays.NEVER
+        return {"hierarchical": Relays.ALWAYS, "auto": Relays.IF_FASTER}.get(strategy, Relays.NEVER)
 
     def settle(self, rank: int, told: list[Array]) -> tuple[tuple[str, bytes], Array]:
         """Chooses the layout; then what this rank tells of its rows on it."""
@@ -200,7 +202,8 @@ class Draft:
             reads = Reads(self.layout, needs)
             strategy = self.request.strategy
             if strategy == "auto":
-                strategy = min(AUTOMATIC, key=lambda s: received_blocks(s, reads).max())
+                costs = Costs.of(self.request.machine, self.request.block_size)
+                strategy = fastest_strategy(reads, costs)
             self.heard.append((reads, work.tolist(), strategy))
 
     def plans(self, rank: int, comm: Communicator | None) -> dict[str, Plan]:

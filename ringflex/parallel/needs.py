@@ -96,18 +96,15 @@ class Reads:
     """Needs on a layout: who reads what from whom.
 
     Attributes:
-        at: blocks that each reader reads at each distance, int64 `[W, W]`; none at 0.
+        blocks: that each reader reads of each owner, int64 `[W readers, W owners]`; none of itself.
     """
 
     def __init__(self, layout: Layout, needs: Needs) -> None:
         self.layout, self.needs = layout, needs
         first = np.flatnonzero(np.diff(layout.owner, prepend=-1))  # where stretches of one owner
         self._first, self._owner = first, layout.owner[first]  # begin, and whose they are
-        W = layout.world_size
-        self.at = np.zeros((W, W), dtype=np.int64)
-        for reader, _, owner, start, end in self._pieces(self._all()):
-            np.add.at(self.at, (reader, (reader - owner) % W), end - start)
-        self.at[:, 0] = 0
+        self.blocks = self.counts(needs)
+        np.fill_diagonal(self.blocks, 0)
 
     def counts(self, needs: Needs) -> Array:
         """int64 `[readers, W]`: blocks that the readers of other needs read of each owner."""

@@ -83,6 +83,7 @@ class StepMaker:
 
     Attributes:
         seen, shown: what this rank reads of others, by owner, and others of it, by reader.
+        nothing: no blocks.
         held: what the buffer of each step holds.
         steps: those made; the first is the local one.
     """
@@ -93,6 +94,7 @@ class StepMaker:
             reads.layout, reads.layout.world_size, reads.needs.groups,
         )  # fmt: skip
         self.seen, self.shown = reads.by(rank), reads.of(rank)
+        self.nothing: Held = [_NOTHING] * self.groups
         local: Held = [self.layout.blocks_of(rank)] * self.groups
         self.held = [local]
         self.steps = [Step(mask=self._rows_on(local), width=local[0].size)]
@@ -107,7 +109,7 @@ class StepMaker:
         """Adds a step that receives and sends K/V, and returns and collects gradients; what comes
         is `of` this step, whose number is `following`."""
         parts = zip(*(moved.blocks for moved in comes), strict=True)
-        arriving = [np.sort(np.concatenate(part)) for part in parts] or [_NOTHING] * self.groups
+        arriving = [np.sort(np.concatenate(part)) for part in parts] or self.nothing
         self.held.append(arriving)
         step = Step(
             receives=self._transfers(comes),

@@ -5,19 +5,21 @@ Strategies differ in which rank a block comes from, and in which step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from ringflex.kernels.stages import stages_of
 from ringflex.masks.block_mask import BlockMask
-from ringflex.masks.runs import Array
-from ringflex.parallel.hierarchical import add_hierarchical_steps, grouped
+from ringflex.parallel.hierarchical import add_hierarchical_steps
+from ringflex.parallel.links import Costs, moved_by_relays, moved_directly, whole_nodes
 from ringflex.parallel.needs import Reads
+from ringflex.parallel.rounds import rounds
 from ringflex.parallel.steps import Held, Moved, Step, StepMaker
 
 STRATEGIES = ("ring", "direct", "all_gather", "hierarchical")
-AUTOMATIC = STRATEGIES[:3]  # among which "auto" chooses
+_WORTH_RELAYS = 10 / 9
 
 
 def build_steps(
@@ -34,77 +36,98 @@ def build_steps(
     maker = StepMaker(rank, reads, rows)
     if strategy == "hierarchical":
         add_hierarchical_steps(maker, per_node)
+    elif strategy == "direct":
+        _add_direct_steps(maker)
+    elif strategy == "ring":
+        _add_ring_steps(maker)
     else:
-        _Around(maker, strategy).add_steps()
+        _add_all_gather_step(maker)
     stages = stages_of([step.mask for step in maker.steps])
     return tuple(replace(step, stage=s) for step, s in zip(maker.steps, stages, strict=True))
 
 
-class _Around:
-    """Steps by distance: of each rank, the owner that many ranks before it."""
-
-    def __init__(self, maker: StepMaker, strategy: str) -> None:
-        self.maker, self.strategy = maker, strategy
-
-    def add_steps(self) -> None:
-        for distances in _schedule(self.strategy, self.maker.reads):
-            self._add_step(distances)
-
-    def _add_step(self, distances: list[int]) -> None:
-        """The step that serves some distances."""
-        maker = self.maker
-        W, rank, number = maker.world, maker.rank, maker.following
-        ring = self.strategy == "ring"
-        source = number - 1 if ring else 0  # a ring passes on what came last
-        comes, leaves, returned, collected = [], [], [], []
-        for d in distances:
-            owner, reader = (rank - d) % W, (rank + d) % W  # reader: the rank whose owner we are
-            before, after = ((rank - 1) % W, (rank + 1) % W) if ring else (owner, reader)
-            comes.append(Moved(before, self._arrivals(rank, d), number))
-            leaves.append(Moved(after, self._arrivals(after, d), source))
-            returned.append(Moved(owner, maker.between(maker.seen, owner), number))
-            collected.append(Moved(reader, maker.between(maker.shown, reader)))
-        maker.add(comes, leaves, returned, collected)
-
-    def _arrivals(self, rank: int, distance: int) -> Held:
-        """What comes to `rank`, this one or the one that this one sends to, from the owner at a
-        distance: by the ring, what a rank from there on still reads; directly, what it reads
-        itself; to all, everything but padding."""
-        maker = self.maker
-        owner = (rank - distance) % maker.world
-        if self.strategy == "direct":
-            if rank == maker.rank:
-                return maker.between(maker.seen, owner)
-            return maker.between(maker.shown, rank)
-        blocks = maker.layout.blocks_of(owner)
-        if self.strategy == "all_gather":
-            return [blocks[blocks < maker.layout.real_blocks]] * maker.groups
-        return [blocks[far[blocks] >= distance] for far in maker.reads.furthest]
+def _add_direct_steps(maker: StepMaker) -> None:
+    """From each owner what its readers see: of several in a step, as long as nobody is brought more
+    than it holds itself. Documents and windows need few blocks of many ranks, and ranks whose work
+    differs from step to step wait for each other at every one."""
+    reads, rank = maker.reads, maker.rank
+    found = rounds(reads.blocks[:, :, None], reads.layout.blocks // maker.world)
+    for number in range(1, int(found.max()) + 1):
+        owners, readers = (
+            np.flatnonzero(found[rank] == number),
+            np.flatnonzero(found[:, rank] == number),
+        )
+        comes = [Moved(int(o), maker.between(maker.seen, int(o)), number) for o in owners]
+        leaves = [Moved(int(r), maker.between(maker.shown, int(r))) for r in readers]
+        maker.add(comes, leaves, comes, leaves)
 
 
-def received_blocks(strategy: str, reads: Reads) -> Array:
-    """int64 `[W]`: K/V blocks that each rank receives, summed over the mask's batch elements."""
-    if strategy == "direct":
-        received: Array = reads.at.sum(axis=1)
-        return received
-    if strategy == "ring":
-        return reads.passed_on()
-    layout = reads.layout
-    real = np.bincount(layout.owner[: layout.real_blocks], minlength=layout.world_size)
-    return reads.needs.groups * (layout.real_blocks - real)
+def _add_ring_steps(maker: StepMaker) -> None:
+    """From neighbour to neighbour, what some rank further along still reads; dK/dV go straight
+    home. What goes far passes through all ranks before."""
+    W, rank, reads = maker.world, maker.rank, maker.reads
+    reader, owner = np.nonzero(reads.blocks)
+    for d in range(1, int(((reader - owner) % W).max(initial=0)) + 1):
+        before, after = (rank - 1) % W, (rank + 1) % W
+        comes = [Moved(before, _read_from(reads, rank, d), d)]
+        leaves = [Moved(after, _read_from(reads, after, d), d - 1)]
+        maker.add(comes, leaves, *_gradients(maker, [d], d))
 
 
-def _schedule(strategy: str, reads: Reads) -> list[list[int]]:
-    """The distances to owners that each step after the local one serves; idle ones are left out.
+def _add_all_gather_step(maker: StepMaker) -> None:
+    """Everything but padding, to everybody; dK/dV only of what was read."""
+    W, rank, layout = maker.world, maker.rank, maker.reads.layout
 
-    Directly, several distances share a step while what comes to any rank, for all batch elements,
-    is at most what a rank holds for one: documents and windows need few blocks of many ranks, and
-    ranks whose work differs from step to step wait for each other at every one.
+    def all_of(owner: int) -> Held:
+        blocks = layout.blocks_of(owner)
+        return [blocks[blocks < layout.real_blocks]] * maker.groups
+
+    distances = range(1, W)
+    if W > 1:
+        comes = [Moved((rank - d) % W, all_of((rank - d) % W), 1) for d in distances]
+        leaves = [Moved((rank + d) % W, all_of(rank)) for d in distances]
+        maker.add(comes, leaves, *_gradients(maker, distances, 1))
+
+
+def _read_from(reads: Reads, rank: int, distance: int) -> Held:
+    """Of the rank that far before this one: what this one, or one after it, reads."""
+    blocks = reads.layout.blocks_of((rank - distance) % reads.layout.world_size)
+    return [blocks[far[blocks] >= distance] for far in reads.furthest]
+
+
+def _gradients(
+    maker: StepMaker, distances: Iterable[int], step: int
+) -> tuple[list[Moved], list[Moved]]:
+    """What is returned to the owners that far before, and collected of the readers after."""
+    W, rank = maker.world, maker.rank
+    owners, readers = [(rank - d) % W for d in distances], [(rank + d) % W for d in distances]
+    return (
+        [Moved(o, maker.between(maker.seen, o), step) for o in owners],
+        [Moved(r, maker.between(maker.shown, r)) for r in readers],
+    )
+
+
+def fastest_strategy(reads: Reads, costs: Costs) -> str:
+    """The strategy whose slowest rank has moved all its K/V first; of like ones, the simplest.
+
+    What a rank has to receive counts, and between nodes also what it has to send; around a ring all
+    wait for the slowest link. Relays must save a tenth to be worth their steps.
     """
-    every = list(range(1, reads.layout.world_size))
-    busy = [d for d in every if reads.at[:, d].any()]
-    if strategy == "all_gather":
-        return [every] if every else []
-    if strategy == "ring":  # what goes far passes through all ranks before
-        return [[d] for d in every[: max(busy, default=0)]]
-    return grouped(reads.at, reads.layout.blocks // reads.layout.world_size)
+    W, node = reads.layout.world_size, costs.node
+    link = costs.far if node < W else costs.near  # the slowest one around a ring
+    real = np.bincount(reads.layout.owner[: reads.layout.real_blocks], minlength=W)
+    everything = reads.needs.groups * (reads.layout.real_blocks - real)
+    if node >= W:
+        directly = costs.near * float(reads.blocks.sum(axis=1).max())
+    else:
+        directly = costs.slowest(moved_directly(reads.blocks, node))
+    times = {
+        "ring": link * float(reads.passed_on().max()),
+        "direct": directly,
+        "all_gather": link * float(everything.max()),
+    }
+    if whole_nodes(W, node):
+        union = reads.counts(reads.needs.shared(node))
+        moved = moved_by_relays(reads.blocks, union, node)
+        times["hierarchical"] = costs.slowest(moved) * _WORTH_RELAYS
+    return min(times, key=lambda strategy: times[strategy])

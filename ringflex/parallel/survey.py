@@ -11,14 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array
-from ringflex.parallel.balance import balance, moved, nested
+from ringflex.parallel.balance import balance
 from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
-from ringflex.parallel.machine import AttentionShape, Machine
+from ringflex.parallel.links import Costs, moved_by_relays, moved_directly, whole_nodes
+from ringflex.parallel.nested import by_pieces, by_windows
+from ringflex.parallel.swaps import Problem
 
 # The balanced layout counts a block received for so many times what it costs: within its limit of
 # balance it saves bytes, which other traffic may want, rather than the last percent of work.
@@ -77,49 +80,49 @@ class Survey:
         need = np.unpackbits(bits, axis=1, count=columns).astype(bool)
         return cls(chunk=chunk, heads=heads, work=rows[:, 0], need=need)
 
-    def slowest(self, owner: Array, world_size: int, costs: Costs) -> float:
+    def slowest(self, owner: Array, world_size: int, costs: Costs, relays: Relays) -> float:
         """When the slowest rank is done computing, receiving and sending, in visible blocks
         computed."""
         work = np.bincount(owner, self.work, world_size) / self.heads
-        chunks = moved(self.need, owner, world_size, costs.node)  # [receive, send], [near, far]
-        links = self.chunk * (costs.near * chunks[:, 0] + costs.far * chunks[:, 1]).max(axis=0)
-        beside = work + costs.hidden * links
+        links = self.chunk * self._links(owner, world_size, costs, relays)
         # Where links are what counts, less work is still better.
-        return float(np.maximum(beside, links).max() + _TIE * work.max())
+        return float(max(work.max() + costs.hidden * links, links) + _TIE * work.max())
 
-    def bound(self, world_size: int, costs: Costs) -> float:
+    def _links(self, owner: Array, world_size: int, costs: Costs, relays: Relays) -> float:
+        owners = np.tile(owner, self.need.shape[1] // owner.size)
+
+        def read_by(reader: Array) -> Array:
+            sees = [self.need[reader == r].any(axis=0) for r in range(int(reader.max()) + 1)]
+            return np.stack([np.bincount(owners[s], minlength=world_size) for s in sees])
+
+        read = read_by(owner)
+        found = []
+        if relays is not Relays.ALWAYS:
+            found.append(moved_directly(read, costs.node))
+        if relays is not Relays.NEVER:
+            found.append(moved_by_relays(read, read_by(owner // costs.node), costs.node))
+        return min(costs.slowest(moved) for moved in found)
+
+    def bound(self, world_size: int, costs: Costs, relays: Relays) -> float:
         """What no even layout's `slowest` is less than: one row may see more than a rank holds, or
         its node."""
         sees = int(self.need.sum(axis=1).max())
         share = self.need.shape[1] // world_size
-        far = max(0, sees - share * costs.node)
-        near = max(0, sees - share) - far
-        links = self.chunk * (costs.near * near + costs.far * far)
+        comes, far = max(0, sees - share), max(0, sees - share * costs.node)
+        if relays is not Relays.NEVER:
+            far //= costs.node
+        both_ways = costs.near * costs.far / (costs.near + costs.far)
+        links = self.chunk * max(costs.far * far, both_ways * comes)
         work = int(self.work.sum()) / world_size / self.heads
         return max(work + costs.hidden * links, links)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Costs:
-    """What moving a K/V block costs, in visible blocks computed.
+class Relays(Enum):
+    """Whether blocks come to a node once, and go on within it."""
 
-    Attributes:
-        near, far: within a node, and between nodes. hidden: share of that, if a kernel runs beside.
-        node: ranks of a node.
-    """
-
-    near: float
-    far: float
-    hidden: float
-    node: int
-
-    @classmethod
-    def of(cls, machine: Machine, block_size: int, shape: AttentionShape | None = None) -> Costs:
-        """Of a shape, by default that of `AttentionShape`: four query heads to a K/V head."""
-        block, near, far = (shape or AttentionShape()).block_costs(machine, block_size)
-        return cls(
-            near=near / block, far=far / block, hidden=machine.hidden, node=machine.gpus_per_node
-        )
+    NEVER = "never"
+    ALWAYS = "always"
+    IF_FASTER = "if faster"
 
 
 def chunk_blocks(real_blocks: int, world_size: int, layers: int) -> int:
@@ -132,28 +135,27 @@ def chunk_blocks(real_blocks: int, world_size: int, layers: int) -> int:
 
 
 def balanced_layout(
-    survey: Survey, seq_len: int, world_size: int, block_size: int, machine: Machine
+    survey: Survey, seq_len: int, world_size: int, block_size: int, costs: Costs, relays: Relays
 ) -> Layout:
     """Every rank the same work within two percent, then as few blocks received as can be found."""
-    costs = Costs.of(machine, block_size)
-    owner = balance(survey.work, survey.need, world_size, transfer=_transfer(survey, costs))
+    transfer = _transfer(survey, costs)
+    owner = balance(survey.work, survey.need, world_size, transfer=transfer)
     return _as_layout("balanced", owner, survey, seq_len, world_size, block_size)
 
 
 def nested_layout(
-    survey: Survey, seq_len: int, world_size: int, block_size: int, machine: Machine
+    survey: Survey, seq_len: int, world_size: int, block_size: int, costs: Costs, relays: Relays
 ) -> Layout:
-    """Stretches dealt onto nodes so that the slowest is done first, work and what comes from other
-    nodes weighed by their cost; within each node, balanced."""
-    costs = Costs.of(machine, block_size)
-    owner = nested(
-        survey.work,
-        survey.need,
-        world_size,
-        node=costs.node,
-        transfer=_transfer(survey, costs),
-        far=costs.far * survey.chunk * survey.heads,
-    )
+    """Stretches or pieces dealt onto nodes so that the slowest is done first, work and what comes
+    from other nodes weighed by their cost; within each node, balanced."""
+    problem = Problem(survey.work, survey.need, world_size, _transfer(survey, costs))
+    far = costs.far
+    if relays is not Relays.NEVER:  # a node's GPUs share what comes, and pass it on
+        far = max(costs.near, far / costs.node)
+    owners = [by_windows(problem, costs.node, far * survey.chunk * survey.heads)]
+    if problem.pieces.size and whole_nodes(world_size, costs.node):
+        owners.append(by_pieces(problem, costs.node))
+    owner = min(owners, key=lambda owner: survey.slowest(owner, world_size, costs, relays))
     return _as_layout("nested", owner, survey, seq_len, world_size, block_size)
 
 
@@ -174,27 +176,27 @@ def _as_layout(
 
 
 def best_layout(
-    survey: Survey, seq_len: int, world_size: int, block_size: int, machine: Machine
+    survey: Survey, seq_len: int, world_size: int, block_size: int, costs: Costs, relays: Relays
 ) -> Layout:
     """The layout whose slowest rank, computing, receiving and sending, is done first.
 
     Simple layouts are preferred where another could save little. Stripes of single blocks are not
     seen by a survey of larger chunks, and left out.
     """
-    sizes, costs = (seq_len, world_size, block_size), Costs.of(machine, block_size)
+    sizes = seq_len, world_size, block_size
     first = np.arange(survey.work.size) * survey.chunk  # block of each chunk
 
     def cost_of(layout: Layout) -> float:
         owner = layout.owner[np.minimum(first, layout.blocks - 1)]
-        return survey.slowest(owner, world_size, costs)
+        return survey.slowest(owner, world_size, costs, relays)
 
     simple = [n for n in LAYOUTS if n != "striped" or survey.chunk == 1]
     best = min((make_layout(name, *sizes) for name in simple), key=cost_of)
     least = cost_of(best)
-    if least * (1 - _GAIN) <= survey.bound(world_size, costs):
+    if least * (1 - _GAIN) <= survey.bound(world_size, costs, relays):
         return best
-    others = [balanced_layout(survey, *sizes, machine)]
+    others = [balanced_layout(survey, *sizes, costs, relays)]
     if world_size > costs.node:
-        others.append(nested_layout(survey, *sizes, machine))
+        others.append(nested_layout(survey, *sizes, costs, relays))
     other = min(others, key=cost_of)
     return other if cost_of(other) < least * (1 - _LEAD) else best
