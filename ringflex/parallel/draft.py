@@ -113,6 +113,7 @@ class Draft:
         if not masks:
             raise ValueError("plan() got an empty dict of masks")
         self.request = request
+        self.costs = Costs.of(request.machine, request.block_size)
         self.layout = request.known_layout()
         self.rows: dict[int, list[BlockMask]] = {}
         self.heard: list[tuple[Reads, list[int], str]] = []
@@ -165,8 +166,7 @@ class Draft:
         heads = math.lcm(*(builder.H for builder in builders))
         survey = Survey.from_rows(np.concatenate(told), chunk, heads, layers * blocks // chunk)
         choice = _CHOICES[self.request.layout]  # type: ignore[index]
-        costs = Costs.of(self.request.machine, self.request.block_size)
-        self.layout = choice(survey, *self.request.sizes, costs, self._relays())
+        self.layout = choice(survey, *self.request.sizes, self.costs, self._relays())
 
     def _relays(self) -> Relays:
         strategy, W = self.request.strategy, self.request.world_size
@@ -199,11 +199,10 @@ class Draft:
         self.heard = []
         for m, builder in enumerate(self.builders.values()):
             needs, work = needs_of(told, m, builder.B, self.layout.blocks)
-            reads = Reads(self.layout, needs)
+            reads = Reads(self.layout, needs, self.costs)
             strategy = self.request.strategy
             if strategy == "auto":
-                costs = Costs.of(self.request.machine, self.request.block_size)
-                strategy = fastest_strategy(reads, costs)
+                strategy = fastest_strategy(reads)
             self.heard.append((reads, work.tolist(), strategy))
 
     def plans(self, rank: int, comm: Communicator | None) -> dict[str, Plan]:
@@ -214,7 +213,7 @@ class Draft:
         for (name, builder), rows, (reads, work, strategy) in zip(
             self.builders.items(), self.rows[rank], self.heard, strict=True
         ):
-            steps = build_steps(strategy, rank, reads, rows, self.request.machine.gpus_per_node)
+            steps = build_steps(strategy, rank, reads, rows)
             plans[name] = Plan(
                 rank=rank,
                 world_size=layout.world_size,

@@ -16,17 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ringflex.parallel.rounds import rounds
 from ringflex.parallel.steps import Held, Moved, StepMaker
 
 
-def add_hierarchical_steps(maker: StepMaker, per_node: int) -> None:
-    """All steps but the local one, which is the first.
-
-    Args:
-        per_node: ranks per node; they divide the ranks.
-    """
-    here = _Node(maker, min(per_node, maker.world))
+def add_hierarchical_steps(maker: StepMaker) -> None:
+    """All steps but the local one, which is the first. The ranks of a node divide all ranks."""
+    here = _Node(maker, maker.reads.costs.node)
     relays = _relays(here)
     delay = 2 if here.size > 1 else 0  # steps from a relay's K/V to its dK/dV
     last = len(relays) + (delay if relays else int(here.reads_inside()))
@@ -54,16 +49,11 @@ class _Relay:
 
 
 def _relays(here: _Node) -> list[_Relay]:
-    """By round: as long as no GPU is brought more than it holds."""
-    reads, G, N = here.maker.reads, here.size, here.nodes
-    union = reads.counts(reads.needs.shared(G)).reshape(N, N, G)  # [readers, sources, places]
-    found = rounds(union, reads.layout.blocks // (N * G))
+    """By round."""
+    found = here.maker.reads.relayed
     return [
-        _Relay(
-            np.flatnonzero(found[here.number] == n).tolist(),
-            np.flatnonzero(found[:, here.number] == n).tolist(),
-        )
-        for n in range(1, int(found.max()) + 1)
+        _Relay(found.sources(here.number, k), found.readers(here.number, k))
+        for k in range(1, 1 + len(found))
     ]
 
 

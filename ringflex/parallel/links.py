@@ -1,4 +1,4 @@
-"""What a plan moves over the links of a machine, and how long that takes. Pure.
+"""How long what ranks read of each other keeps the links of a machine busy. Pure.
 
 Legend: W ranks, N nodes; `read [W readers, W owners]` counts what ranks read of each other, and
 `union [N, W owners]` what each node reads of each owner, its own included.
@@ -6,12 +6,16 @@ Legend: W ranks, N nodes; `read [W readers, W owners]` counts what ranks read of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ringflex.masks.runs import Array
 from ringflex.parallel.machine import AttentionShape, Machine
+from ringflex.parallel.rounds import Transfers
+
+NOISE = 1e-9  # of sums in another order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,50 +24,112 @@ class Costs:
 
     Attributes:
         near, far: within a node, and between nodes. hidden: share of that, if a kernel runs beside.
+        begin: what a round costs beside its blocks.
         node: ranks of a node.
     """
 
     near: float
     far: float
     hidden: float
+    begin: float
     node: int
 
     @classmethod
     def of(cls, machine: Machine, block_size: int, shape: AttentionShape | None = None) -> Costs:
         """Of a shape, by default that of `AttentionShape`: four query heads to a K/V head."""
         block, near, far = (shape or AttentionShape()).block_costs(machine, block_size)
+        begin = 2 * (machine.launch + machine.latency)  # forward and backward
         return cls(
-            near=near / block, far=far / block, hidden=machine.hidden, node=machine.gpus_per_node
-        )
+            near=near / block, far=far / block, hidden=machine.hidden, begin=begin / block,
+            node=machine.gpus_per_node,
+        )  # fmt: skip
 
-    def slowest(self, moved: Array) -> float:
-        """Of what each rank moves, int64 `[2, W]`, within its node and out of it: both at once."""
-        return float(max(self.near * moved[0].max(), self.far * moved[1].max()))
+    def _of(self, near: Array, far: Array) -> float:
+        """A round in which ranks move this much within their nodes and out of them, both at once.
+        The slowest rank counts."""
+        return float(max(self.near * near.max(), self.far * far.max())) + self.begin
+
+    def direct(self, read: Array, share: int) -> Rounds:
+        """If owners send what each rank reads.
+
+        Args:
+            share: blocks that a rank holds.
+        """
+        transfers = Transfers.of(read[:, :, None])
+        far = transfers.reader // self.node != transfers.source // self.node
+        split = replace(transfers, load=transfers.load * np.stack([~far, far], axis=1))
+
+        def busy(number: Array) -> float:
+            largest = (np.maximum(came, gone) for came, gone in split.largest(number))
+            return sum(self._of(moved[:, 0], moved[:, 1]) for moved in largest)
+
+        return _shortest(transfers, share, 2 * share, busy)
+
+    def relayed(self, read: Array, union: Array, share: int) -> Rounds:
+        """Between nodes, if what a node reads of another's comes to the rank at its owner's place,
+        once, and goes on from there in the next round."""
+        N, G = union.shape[0], self.node
+        far = union.reshape(N, N, G).copy()
+        far[np.arange(N), np.arange(N)] = 0
+        transfers = Transfers.of(far)
+        places = read.reshape(N, G, N, G)  # reader's node and place, owner's node and place
+
+        def passed(reader: Array, source: Array) -> Array:
+            """Within each node, of what comes of some sources, int64 `[N, G]`."""
+            moved = np.zeros((N, G, G), dtype=np.int64)
+            np.add.at(moved, reader, places[reader, :, source])
+            moved[:, np.arange(G), np.arange(G)] = 0  # a rank does not pass on to itself
+            return np.maximum(moved.sum(axis=2), moved.sum(axis=1))
+
+        def busy(number: Array) -> float:
+            near, total, nothing = passed(np.arange(N), np.arange(N)), 0.0, np.zeros(1)
+            for k, (came, gone) in enumerate(transfers.largest(number), start=1):
+                total += self._of(near, np.maximum(came, gone))
+                near = passed(transfers.reader[number == k], transfers.source[number == k])
+            return total + self._of(near, nothing)
+
+        return _shortest(transfers, share, share, busy)
+
+
+@dataclass(frozen=True, eq=False)
+class Rounds:
+    """Transfers, the round of each, from 1 on, and how long the links are busy with all of them: in
+    every round ranks wait for each other."""
+
+    transfers: Transfers
+    number: Array
+    busy: float
+
+    def __len__(self) -> int:
+        return int(self.number.max(initial=0))
+
+    def sources(self, reader: int, number: int) -> list[int]:
+        """Of whom one rank, or node, receives in a round."""
+        t = self.transfers
+        found: list[int] = t.source[(t.reader == reader) & (self.number == number)].tolist()
+        return found
+
+    def readers(self, source: int, number: int) -> list[int]:
+        """To whom one sends in a round."""
+        t = self.transfers
+        found: list[int] = t.reader[(t.source == source) & (self.number == number)].tolist()
+        return found
+
+
+def _shortest(
+    transfers: Transfers, room: int, sends: int, busy: Callable[[Array], float]
+) -> Rounds:
+    """Of both ways to deal transfers onto rounds, that with which links are busy for less time."""
+    regular = transfers.by_distance(room)
+    time = busy(regular)
+    if regular.max(initial=0) > 1:
+        greedy = transfers.one_by_one(room, sends)
+        shorter = busy(greedy)
+        if shorter < time * (1 - NOISE):
+            return Rounds(transfers, greedy, shorter)
+    return Rounds(transfers, regular, time)
 
 
 def whole_nodes(world_size: int, node: int) -> bool:
     """Whether there are several nodes, none of them with fewer ranks."""
     return world_size > node and world_size % node == 0
-
-
-def moved_directly(read: Array, node: int) -> Array:
-    """int64 `[2, W]`: what each rank sends or receives, whichever is more, within its node and out
-    of it, if each owner sends what each rank reads."""
-    rank = np.arange(read.shape[0])
-    near = rank[:, None] // node == rank // node
-    others = read * (rank[:, None] != rank)
-    ways = [others * which for which in (near, ~near)]
-    return np.stack([np.maximum(way.sum(axis=1), way.sum(axis=0)) for way in ways])
-
-
-def moved_by_relays(read: Array, union: Array, node: int) -> Array:
-    """The same, if what a node reads of another's comes to the rank at its owner's place, once."""
-    W, N = read.shape[0], union.shape[0]
-    rank = np.arange(W)
-    places = read.reshape(N, node, N, node)  # reader's node and place, owner's node and place
-    # Of each rank of the reader's node: its own blocks and those that it relays.
-    passed = places.sum(axis=2) * (1 - np.eye(node, dtype=np.int64))  # [N, reader, relay]
-    near = np.maximum(passed.sum(axis=2), passed.sum(axis=1)).reshape(W)
-    far = union * (np.arange(N)[:, None] != rank // node)
-    relayed = far.reshape(N, N, node).sum(axis=1).reshape(W)
-    return np.stack([near, np.maximum(relayed, far.sum(axis=0))])

@@ -8,7 +8,7 @@ the reader comes after the owner, around the ring.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array, counting
 from ringflex.parallel.layout import Layout
+from ringflex.parallel.links import Costs, Rounds
 
 _AT_ONCE = 1 << 21  # pieces
 _Ranges = tuple[Array, Array, Array, Array]  # reader, group, start, end
@@ -80,7 +81,7 @@ class Needs:
         rank = self.rank // size
         order = np.lexsort((self.start, self.group, rank))
         rank, group = rank[order], self.group[order]
-        shift = (rank * self.groups + group) * self.blocks  # ranges of different places lie apart
+        shift = (rank * self.groups + group) * (self.blocks + 1)  # which never touch each other
         start, end = self.start[order] + shift, self.end[order] + shift
         reach = np.maximum.accumulate(end)
         first = np.flatnonzero(np.concatenate([[True], start[1:] > reach[:-1]])[: start.size])
@@ -95,12 +96,17 @@ class Needs:
 class Reads:
     """Needs on a layout: who reads what from whom.
 
+    Args:
+        costs: of the links; the ranks of a node.
+
     Attributes:
         blocks: that each reader reads of each owner, int64 `[W readers, W owners]`; none of itself.
     """
 
-    def __init__(self, layout: Layout, needs: Needs) -> None:
+    def __init__(self, layout: Layout, needs: Needs, costs: Costs) -> None:
         self.layout, self.needs = layout, needs
+        self.costs = replace(costs, node=min(costs.node, layout.world_size))
+        self.share = layout.blocks // layout.world_size
         first = np.flatnonzero(np.diff(layout.owner, prepend=-1))  # where stretches of one owner
         self._first, self._owner = first, layout.owner[first]  # begin, and whose they are
         self.blocks = self.counts(needs)
@@ -125,6 +131,17 @@ class Reads:
         return self._sorted(self._pieces(self._all(), rank), of_owner=False, rank=rank)
 
     @cached_property
+    def direct(self) -> Rounds:
+        """When ranks send each other what they read."""
+        return self.costs.direct(self.blocks, self.share)
+
+    @cached_property
+    def relayed(self) -> Rounds:
+        """When nodes, all of as many ranks, send each other what they read."""
+        union = self.counts(self.needs.shared(self.costs.node))
+        return self.costs.relayed(self.blocks, union, self.share)
+
+    @cached_property
     def furthest(self) -> Array:
         """int64 `[groups, blocks]`: the greatest distance at which a block is read; 0 if none."""
         W, shape = self.layout.world_size, (self.needs.groups, self.needs.blocks)
@@ -143,16 +160,16 @@ class Reads:
         return found
 
     def passed_on(self) -> Array:
-        """Blocks that come to each rank where they go from neighbour to neighbour, int64 `[W]`."""
-        W = self.layout.world_size
-        change = np.zeros(2 * W + 1, dtype=np.int64)  # ranks around the ring, twice
-        far = self.furthest
-        group, block = np.nonzero(far)
-        owner = self.layout.owner[block]
-        np.add.at(change, owner + 1, 1)
-        np.add.at(change, owner + 1 + far[group, block], -1)
-        comes = np.cumsum(change)[:-1]
-        return comes[:W] + comes[W:]
+        """Blocks of each owner that go a distance or further, where they go from neighbour to
+        neighbour, int64 `[W, n]`: at distance d they come to the rank that far after the owner."""
+        group, block = np.nonzero(self.furthest)
+        distance = self.furthest[group, block]
+        shape = self.layout.world_size, int(distance.max(initial=0)) + 1
+        ends = np.zeros(shape, dtype=np.int64)
+        np.add.at(ends, (self.layout.owner[block], distance), 1)
+        further: Array = ends[:, ::-1].cumsum(axis=1)[:, ::-1]
+        further[:, 0] = 0  # the owner has them
+        return further
 
     def _all(self) -> _Ranges:
         n = self.needs

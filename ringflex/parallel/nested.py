@@ -98,7 +98,7 @@ class _PieceDeal:
             done += self.node
         rest = np.sort(chunks[done:])
         roomy = [n for n in takers if self.room[n] >= rest.size]
-        if roomy:
+        if rest.size and roomy:
             self._take(int(min(roomy, key=lambda n: self.load[n])), rest, self.whole)
             rest = rest[:0]
         return rest

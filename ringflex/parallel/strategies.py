@@ -13,29 +13,24 @@ import numpy as np
 from ringflex.kernels.stages import stages_of
 from ringflex.masks.block_mask import BlockMask
 from ringflex.parallel.hierarchical import add_hierarchical_steps
-from ringflex.parallel.links import Costs, moved_by_relays, moved_directly, whole_nodes
+from ringflex.parallel.links import NOISE, whole_nodes
 from ringflex.parallel.needs import Reads
-from ringflex.parallel.rounds import rounds
 from ringflex.parallel.steps import Held, Moved, Step, StepMaker
 
 STRATEGIES = ("ring", "direct", "all_gather", "hierarchical")
-_WORTH_RELAYS = 10 / 9
 
 
-def build_steps(
-    strategy: str, rank: int, reads: Reads, rows: BlockMask, per_node: int
-) -> tuple[Step, ...]:
+def build_steps(strategy: str, rank: int, reads: Reads, rows: BlockMask) -> tuple[Step, ...]:
     """The steps of `rank`; the first is the local one.
 
     Args:
         strategy: one of `STRATEGIES`.
         reads: what every rank reads, per batch element that the mask distinguishes.
         rows: block mask of this rank's queries against the whole sequence.
-        per_node: ranks per node, for "hierarchical".
     """
     maker = StepMaker(rank, reads, rows)
     if strategy == "hierarchical":
-        add_hierarchical_steps(maker, per_node)
+        add_hierarchical_steps(maker)
     elif strategy == "direct":
         _add_direct_steps(maker)
     elif strategy == "ring":
@@ -50,15 +45,11 @@ def _add_direct_steps(maker: StepMaker) -> None:
     """From each owner what its readers see: of several in a step, as long as nobody is brought more
     than it holds itself. Documents and windows need few blocks of many ranks, and ranks whose work
     differs from step to step wait for each other at every one."""
-    reads, rank = maker.reads, maker.rank
-    found = rounds(reads.blocks[:, :, None], reads.layout.blocks // maker.world)
-    for number in range(1, int(found.max()) + 1):
-        owners, readers = (
-            np.flatnonzero(found[rank] == number),
-            np.flatnonzero(found[:, rank] == number),
-        )
-        comes = [Moved(int(o), maker.between(maker.seen, int(o)), number) for o in owners]
-        leaves = [Moved(int(r), maker.between(maker.shown, int(r))) for r in readers]
+    rank, found = maker.rank, maker.reads.direct
+    for number in range(1, 1 + len(found)):
+        owners, readers = found.sources(rank, number), found.readers(rank, number)
+        comes = [Moved(o, maker.between(maker.seen, o), number) for o in owners]
+        leaves = [Moved(r, maker.between(maker.shown, r)) for r in readers]
         maker.add(comes, leaves, comes, leaves)
 
 
@@ -107,27 +98,18 @@ def _gradients(
     )
 
 
-def fastest_strategy(reads: Reads, costs: Costs) -> str:
-    """The strategy whose slowest rank has moved all its K/V first; of like ones, the simplest.
-
-    What a rank has to receive counts, and between nodes also what it has to send; around a ring all
-    wait for the slowest link. Relays must save a tenth to be worth their steps.
-    """
-    W, node = reads.layout.world_size, costs.node
-    link = costs.far if node < W else costs.near  # the slowest one around a ring
-    real = np.bincount(reads.layout.owner[: reads.layout.real_blocks], minlength=W)
-    everything = reads.needs.groups * (reads.layout.real_blocks - real)
-    if node >= W:
-        directly = costs.near * float(reads.blocks.sum(axis=1).max())
-    else:
-        directly = costs.slowest(moved_directly(reads.blocks, node))
+def fastest_strategy(reads: Reads) -> str:
+    """The strategy whose K/V keeps the links busy for the shortest time; of like ones, the
+    simplest. Around a ring all wait for the slowest link. "all_gather" holds too much to be
+    chosen."""
+    W, costs = reads.layout.world_size, reads.costs
+    around = costs.far if costs.node < W else costs.near
+    passed = reads.passed_on().max(axis=0)[1:]  # in each step
     times = {
-        "ring": link * float(reads.passed_on().max()),
-        "direct": directly,
-        "all_gather": link * float(everything.max()),
+        "ring": around * float(passed.sum()) + costs.begin * passed.size,
+        "direct": reads.direct.busy,
     }
-    if whole_nodes(W, node):
-        union = reads.counts(reads.needs.shared(node))
-        moved = moved_by_relays(reads.blocks, union, node)
-        times["hierarchical"] = costs.slowest(moved) * _WORTH_RELAYS
-    return min(times, key=lambda strategy: times[strategy])
+    if whole_nodes(W, costs.node):
+        times["hierarchical"] = reads.relayed.busy
+    best = min(times.values()) * (1 + NOISE)
+    return next(strategy for strategy, time in times.items() if time <= best)

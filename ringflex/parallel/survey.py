@@ -19,7 +19,7 @@ from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array
 from ringflex.parallel.balance import balance
 from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
-from ringflex.parallel.links import Costs, moved_by_relays, moved_directly, whole_nodes
+from ringflex.parallel.links import Costs, whole_nodes
 from ringflex.parallel.nested import by_pieces, by_windows
 from ringflex.parallel.swaps import Problem
 
@@ -84,7 +84,7 @@ class Survey:
         """When the slowest rank is done computing, receiving and sending, in visible blocks
         computed."""
         work = np.bincount(owner, self.work, world_size) / self.heads
-        links = self.chunk * self._links(owner, world_size, costs, relays)
+        links = self._links(owner, world_size, costs, relays)
         # Where links are what counts, less work is still better.
         return float(max(work.max() + costs.hidden * links, links) + _TIE * work.max())
 
@@ -93,15 +93,18 @@ class Survey:
 
         def read_by(reader: Array) -> Array:
             sees = [self.need[reader == r].any(axis=0) for r in range(int(reader.max()) + 1)]
-            return np.stack([np.bincount(owners[s], minlength=world_size) for s in sees])
+            chunks = np.stack([np.bincount(owners[s], minlength=world_size) for s in sees])
+            return self.chunk * chunks
 
-        read = read_by(owner)
+        read, share = read_by(owner), self.chunk * self.need.shape[1] // world_size
+        np.fill_diagonal(read, 0)
         found = []
         if relays is not Relays.ALWAYS:
-            found.append(moved_directly(read, costs.node))
+            found.append(costs.direct(read, share).busy)
         if relays is not Relays.NEVER:
-            found.append(moved_by_relays(read, read_by(owner // costs.node), costs.node))
-        return min(costs.slowest(moved) for moved in found)
+            union = read_by(owner // costs.node)
+            found.append(costs.relayed(read, union, share).busy)
+        return min(found)
 
     def bound(self, world_size: int, costs: Costs, relays: Relays) -> float:
         """What no even layout's `slowest` is less than: one row may see more than a rank holds, or
