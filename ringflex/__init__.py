@@ -19,7 +19,7 @@ from ringflex.masks.mods import (
     softcap,
 )
 from ringflex.parallel.layout import Layout, make_layout
-from ringflex.parallel.machine import Machine
+from ringflex.parallel.machine import AttentionShape, Machine
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.planner import plan, plan_all
 from ringflex.parallel.prefetch import PlanPrefetcher
@@ -27,6 +27,7 @@ from ringflex.parallel.prefetch import PlanPrefetcher
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionShape",
     "BlockMask",
     "Layout",
     "Machine",

@@ -18,8 +18,8 @@ from ringflex.masks.trace_cache import traced_mask
 from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
 from ringflex.parallel.links import Costs, whole_nodes
 from ringflex.parallel.machine import Machine
-from ringflex.parallel.needs import Reads, need_rows, needs_of
-from ringflex.parallel.plan import Plan, stats_of
+from ringflex.parallel.needs import Reads, Work, need_rows, needs_of
+from ringflex.parallel.plan import Outline, Plan, stats_of
 from ringflex.parallel.strategies import STRATEGIES, build_steps, fastest_strategy
 from ringflex.parallel.survey import (
     Relays,
@@ -116,7 +116,7 @@ class Draft:
         self.costs = Costs.of(request.machine, request.block_size)
         self.layout = request.known_layout()
         self.rows: dict[int, list[BlockMask]] = {}
-        self.heard: list[tuple[Reads, list[int], str]] = []
+        self.heard: list[tuple[Reads, Work, str]] = []
         self.builders = {
             name: BlockMaskBuilder(
                 traced_mask(mask),
@@ -183,7 +183,7 @@ class Draft:
         """What one rank tells of its rows on the layout, which are kept."""
         assert self.layout is not None
         self.rows[rank] = self._build(self.layout.blocks_of(rank), self.layout.blocks)
-        return need_rows(self.rows[rank])
+        return need_rows(self.rows[rank], self.layout)
 
     def _build(self, q_blocks: Array, blocks: int) -> list[BlockMask]:
         """Some query blocks of each mask against the whole sequence."""
@@ -203,7 +203,7 @@ class Draft:
             strategy = self.request.strategy
             if strategy == "auto":
                 strategy = fastest_strategy(reads)
-            self.heard.append((reads, work.tolist(), strategy))
+            self.heard.append((reads, work, strategy))
 
     def plans(self, rank: int, comm: Communicator | None) -> dict[str, Plan]:
         """The plans of one rank, by what was heard."""
@@ -221,8 +221,8 @@ class Draft:
                 strategy=strategy,
                 rows=rows,
                 steps=steps,
-                needs=reads.needs,
-                stats=stats_of(layout, rank, steps, work, builder.B),
+                outline=Outline(reads, work),
+                stats=stats_of(layout, rank, steps, work.by_rank(), builder.B),
                 identity=f"{digest} {name} {layout.name} {strategy}",
                 comm=comm,
             )

@@ -22,33 +22,69 @@ _AT_ONCE = 1 << 21  # pieces
 _Ranges = tuple[Array, Array, Array, Array]  # reader, group, start, end
 
 
-def need_rows(masks: Sequence[BlockMask]) -> Array:
-    """The work and needs of a rank's queries, int64 `[n, 3]`: (mask, -1, work in blocks), and
-    (mask, start, end) for each range of blocks needed, batch elements laid end to end."""
+def need_rows(masks: Sequence[BlockMask], layout: Layout) -> Array:
+    """The work and needs of a rank's queries, int64 `[n, 3]`: (mask, -1 - owner, visible blocks of
+    that owner's), and (mask, start, end) for each range of blocks needed, batch elements laid end
+    to end."""
     records = []
     for m, mask in enumerate(masks):
         for b, (start, end) in enumerate(mask.needed_ranges()):
             at = b * mask.kv_blocks
             records.append(np.stack([np.full(start.size, m), at + start, at + end], axis=1))
-        records.append(np.array([[m, -1, mask.visible_blocks]]))
+        work = _work_by_owner(mask, layout)
+        owner = np.flatnonzero(work)
+        records.append(np.stack([np.full(owner.size, m), -1 - owner, work[owner]], axis=1))
     return np.concatenate(records).astype(np.int64)
 
 
-def needs_of(told: Sequence[Array], mask: int, groups: int, blocks: int) -> tuple[Needs, Array]:
-    """Of one mask, from all ranks' rows: the needs, and the work int64 `[W]`."""
+def _work_by_owner(mask: BlockMask, layout: Layout) -> Array:
+    """Visible blocks by who holds their keys, int64 `[W]`."""
+    if layout.world_size == 1:  # queries and keys may differ in number
+        return np.array([mask.visible_blocks])
+    change = np.zeros(mask.kv_blocks + 1, dtype=np.int64)
+    for runs in (mask.full, mask.partial):
+        change += np.bincount(runs.start, minlength=change.size)
+        change -= np.bincount(runs.end, minlength=change.size)
+    found = np.bincount(layout.owner, np.cumsum(change)[:-1], layout.world_size)
+    return found.astype(np.int64)  # below 2**53, so exact
+
+
+def needs_of(told: Sequence[Array], mask: int, groups: int, blocks: int) -> tuple[Needs, Work]:
+    """Of one mask, from all ranks' rows."""
     counts = [rows.shape[0] for rows in told]
     rank = np.repeat(np.arange(len(told)), counts)
     rows = np.concatenate(told)
     mine = rows[:, 0] == mask
     rank, start, end = rank[mine], rows[mine, 1], rows[mine, 2]
-    work = np.zeros(len(told), dtype=np.int64)
-    total = start < 0
-    work[rank[total]] = end[total]
-    rank, start, end = rank[~total], start[~total], end[~total]
+    work = start < 0
+    found = Work(len(told), rank[work], -1 - start[work], end[work])
+    rank, start, end = rank[~work], start[~work], end[~work]
     group = start // blocks
     shift = group * blocks
     needs = Needs(len(told), groups, blocks, rank, group, start - shift, end - shift)
-    return needs, work
+    return needs, found
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What each rank computes: visible blocks by who holds their keys, int64 `[entries]` each."""
+
+    world_size: int
+    rank: Array
+    owner: Array
+    blocks: Array
+
+    def by_rank(self) -> list[int]:
+        total = np.zeros(self.world_size, dtype=np.int64)
+        np.add.at(total, self.rank, self.blocks)
+        return [int(blocks) for blocks in total]
+
+    def of(self, rank: int) -> Array:
+        """Of one rank, int64 `[W]` by owner."""
+        found = np.zeros(self.world_size, dtype=np.int64)
+        mine = self.rank == rank
+        found[self.owner[mine]] = self.blocks[mine]
+        return found
 
 
 @dataclass(frozen=True, eq=False)

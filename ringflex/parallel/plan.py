@@ -6,7 +6,7 @@ Pure data, but for `unshard`, which needs the communicator that the plan was mad
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ from torch import Tensor
 from ringflex.kernels.contract import compute_dtype
 from ringflex.masks.block_mask import BlockMask
 from ringflex.parallel.layout import Layout
-from ringflex.parallel.needs import Needs
+from ringflex.parallel.machine import AttentionShape, Machine
+from ringflex.parallel.needs import Needs, Reads, Work
 from ringflex.parallel.steps import Step
 
 if TYPE_CHECKING:
     from ringflex.parallel.comm import Communicator
+    from ringflex.parallel.predict import Prediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,13 @@ class PlanStats:
         return total * elements
 
 
+class Outline(NamedTuple):
+    """What a rank knows of all: who reads what of whom, and what each computes of it."""
+
+    reads: Reads
+    work: Work
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
     """One rank's part of attention over a sharded sequence.
@@ -102,7 +111,7 @@ class Plan:
         strategy: "ring", "direct" or "all_gather".
         rows: block mask of this rank's queries against the whole sequence.
         steps: the local step, then one per arrival.
-        needs: which K/V blocks each rank's queries see.
+        outline: who reads what of whom, on all ranks.
         stats: what it computes and moves.
         identity: what all ranks must have made alike, in words and digits.
         comm: the communicator; None in plans made without a process group.
@@ -114,7 +123,7 @@ class Plan:
     strategy: str
     rows: BlockMask
     steps: tuple[Step, ...]
-    needs: Needs
+    outline: Outline
     stats: PlanStats
     identity: str
     comm: Communicator | None = field(default=None, repr=False)
@@ -124,6 +133,11 @@ class Plan:
     def seq_len(self) -> int:
         """True tokens of the whole sequence."""
         return self.layout.seq_len
+
+    @property
+    def needs(self) -> Needs:
+        """Which K/V blocks each rank's queries see."""
+        return self.outline.reads.needs
 
     @property
     def local_len(self) -> int:
@@ -209,6 +223,23 @@ class Plan:
             )
             lines.append(f"step {i}: computes {blocks} blocks" + (f"; K/V {moves}" * bool(moves)))
         return "\n".join(lines)
+
+    def predict(
+        self, shape: AttentionShape | None = None, machine: Machine | None = None
+    ) -> Prediction:
+        """The time line of one attention layer on all ranks, forward and backward. No collective:
+        a rank knows enough of the others.
+
+        Args:
+            shape: heads, head dims and dtype; by default 32 heads, 8 of K/V, of 128, bf16.
+            machine: rates of GPUs and links; by default those of Hopper GPUs.
+
+        Returns:
+            Seconds, of the slowest rank, and what each rank does when.
+        """
+        from ringflex.parallel.predict import predict_all
+
+        return predict_all(self, shape, machine)
 
     def plot(self, path: str) -> None:
         """Saves a picture of the plan: the mask by owner, the work, who sends to whom.

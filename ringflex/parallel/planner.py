@@ -13,9 +13,10 @@ from ringflex.masks.runs import Array
 from ringflex.parallel.comm import Agreement, Communicator, communicator
 from ringflex.parallel.draft import Draft, MaskFunction, Request
 from ringflex.parallel.layout import Layout
+from ringflex.parallel.links import Costs
 from ringflex.parallel.machine import Machine
-from ringflex.parallel.needs import need_rows, needs_of
-from ringflex.parallel.plan import Plan, stats_of
+from ringflex.parallel.needs import Reads, need_rows, needs_of
+from ringflex.parallel.plan import Outline, Plan, stats_of
 from ringflex.parallel.steps import Step
 
 
@@ -192,9 +193,11 @@ def single_device_plan(block_mask: BlockMask) -> Plan:
             block_size=block_mask.block_size[0],
             owner=np.zeros(block_mask.q_blocks, dtype=np.int64),
         )
+        told = [need_rows([block_mask], layout)]
+        needs, work = needs_of(told, 0, block_mask.B, block_mask.kv_blocks)
         block_mask.cache["plan"] = {
             "layout": layout,
-            "needs": needs_of([need_rows([block_mask])], 0, block_mask.B, block_mask.kv_blocks)[0],
+            "outline": Outline(Reads(layout, needs, Costs.of(Machine(), layout.block_size)), work),
             "stats": stats_of(layout, 0, steps, [block_mask.visible_blocks], block_mask.B),
             "cache": {},
         }

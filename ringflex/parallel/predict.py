@@ -16,7 +16,8 @@ import numpy as np
 from ringflex.masks.runs import Array
 from ringflex.parallel.machine import BACKWARD, FORWARD, AttentionShape, Machine
 from ringflex.parallel.plan import Plan
-from ringflex.parallel.steps import Step, Transfer
+from ringflex.parallel.steps import Step, StepMaker, Transfer
+from ringflex.parallel.strategies import add_steps
 
 _QUERIES = 3 / 7  # of the backward's matrix products, as two passes compute it: dQ; then dK and dV
 
@@ -63,7 +64,38 @@ def predict(
     Args:
         plans: of all ranks, as `plan_all` makes them.
     """
-    line = _Line(plans, shape or AttentionShape(), machine or Machine())
+    if [p.rank for p in plans] != list(range(plans[0].world_size)):
+        raise ValueError("predict() wants the plans of all ranks, in order: see plan_all()")
+    work = [[s.mask.visible_blocks if s.mask else 0 for s in plan.steps] for plan in plans]
+    return _prediction(plans[0], [plan.steps for plan in plans], work, shape, machine)
+
+
+def predict_all(plan: Plan, shape: AttentionShape | None, machine: Machine | None) -> Prediction:
+    """The same from the plan of one rank, which knows what all compute of each other's K/V."""
+    (reads, work), W = plan.outline, plan.world_size
+    steps, blocks = [], []
+    for rank in range(W):
+        maker, by_owner = StepMaker(rank, reads, None), work.of(rank)
+        add_steps(plan.strategy, maker)
+        steps.append(maker.steps)
+        # What a rank sees of an owner comes in one step.
+        owners = [np.unique(plan.layout.owner[np.concatenate(held)]) for held in maker.held]
+        blocks.append([int(by_owner[some].sum()) for some in owners])
+    return _prediction(plan, steps, blocks, shape, machine)
+
+
+def _prediction(
+    plan: Plan,
+    steps: Sequence[Sequence[Step]],
+    work: Sequence[Sequence[int]],
+    shape: AttentionShape | None,
+    machine: Machine | None,
+) -> Prediction:
+    """Args:
+    plan: of any rank.
+    steps, work: of all ranks: their steps, and the visible blocks of each.
+    """
+    line = _Line(plan, steps, work, shape or AttentionShape(), machine or Machine())
     forward, forward_waits = line.forward()
     line.origin = float(forward.max())
     backward, backward_waits = line.backward()
@@ -82,26 +114,24 @@ def predict(
 class _Line:
     """Arrays are by rank, `[W]`, or by step and rank."""
 
-    def __init__(self, plans: Sequence[Plan], shape: AttentionShape, machine: Machine) -> None:
-        first = plans[0]
-        if [p.rank for p in plans] != list(range(first.world_size)):
-            raise ValueError("predict() wants the plans of all ranks, in order: see plan_all()")
-        self.shape, self.machine, self.W = shape, machine, len(plans)
-        self.steps = list(zip(*(p.steps for p in plans), strict=True))
-        size = first.layout.block_size
+    def __init__(
+        self,
+        plan: Plan,
+        steps: Sequence[Sequence[Step]],
+        work: Sequence[Sequence[int]],
+        shape: AttentionShape,
+        machine: Machine,
+    ) -> None:
+        self.shape, self.machine, self.W = shape, machine, plan.world_size
+        self.steps = list(zip(*steps, strict=True))
+        size, rows = plan.layout.block_size, plan.rows
         D, Dv = shape.dims
-        self.elements = size * shape.kv_heads * (D + Dv) * shape.batch / first.rows.B  # of a block
-        self.pairs = np.array([[self._pairs(s, size) for s in step] for step in self.steps])
+        self.elements = size * shape.kv_heads * (D + Dv) * shape.batch / rows.B  # of a block
+        copies = shape.batch / rows.B * shape.heads / rows.H
+        self.pairs = np.array(work).T * size * size * copies
         self.dim = (D + Dv) / 2
         self.spans: list[Span] = []
         self.origin = 0.0  # of spans
-
-    def _pairs(self, step: Step, size: int) -> float:
-        if step.mask is None:
-            return 0.0
-        mask = step.mask
-        copies = self.shape.batch / mask.B * self.shape.heads / mask.H
-        return mask.visible_blocks * size * size * copies
 
     def _seconds(self, step: int, flops: float, rate: float) -> Array:
         """A kernel's time on each rank; none where it has nothing to do."""

@@ -81,6 +81,9 @@ class Moved(NamedTuple):
 class StepMaker:
     """Makes the steps of one rank, in order.
 
+    Args:
+        rows: block mask of the rank's queries; None: the steps have no masks.
+
     Attributes:
         seen, shown: what this rank reads of others, by owner, and others of it, by reader.
         nothing: no blocks.
@@ -88,7 +91,7 @@ class StepMaker:
         steps: those made; the first is the local one.
     """
 
-    def __init__(self, rank: int, reads: Reads, rows: BlockMask) -> None:
+    def __init__(self, rank: int, reads: Reads, rows: BlockMask | None) -> None:
         self.rank, self.reads, self.rows = rank, reads, rows
         self.layout, self.world, self.groups = (
             reads.layout, reads.layout.world_size, reads.needs.groups,
@@ -131,7 +134,7 @@ class StepMaker:
 
     def _rows_on(self, held: Held) -> BlockMask | None:
         """The local queries against a buffer that holds some blocks; None if they see nothing."""
-        if not any(blocks.size for blocks in held):
+        if self.rows is None or not any(blocks.size for blocks in held):
             return None
         mask = self.rows.select_kv(held)
         return mask if mask.visible_blocks else None

@@ -29,6 +29,13 @@ def build_steps(strategy: str, rank: int, reads: Reads, rows: BlockMask) -> tupl
         rows: block mask of this rank's queries against the whole sequence.
     """
     maker = StepMaker(rank, reads, rows)
+    add_steps(strategy, maker)
+    stages = stages_of([step.mask for step in maker.steps])
+    return tuple(replace(step, stage=s) for step, s in zip(maker.steps, stages, strict=True))
+
+
+def add_steps(strategy: str, maker: StepMaker) -> None:
+    """All steps but the local one."""
     if strategy == "hierarchical":
         add_hierarchical_steps(maker)
     elif strategy == "direct":
@@ -37,8 +44,6 @@ def build_steps(strategy: str, rank: int, reads: Reads, rows: BlockMask) -> tupl
         _add_ring_steps(maker)
     else:
         _add_all_gather_step(maker)
-    stages = stages_of([step.mask for step in maker.steps])
-    return tuple(replace(step, stage=s) for step, s in zip(maker.steps, stages, strict=True))
 
 
 def _add_direct_steps(maker: StepMaker) -> None:

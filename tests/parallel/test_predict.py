@@ -150,6 +150,25 @@ def test_time_lines_hold_together(
     assert fast.both <= found.both
 
 
+@pytest.mark.parametrize("layout", [*LAYOUTS, "nested"])
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "hierarchical"])
+def test_one_rank_predicts_what_all_plans_say(layout: str, strategy: str) -> None:
+    ids = torch.stack([torch.arange(3000) // 700, torch.arange(3000) // 1300])
+    masks = (rf.causal() & rf.document(ids), lambda b, h, q, k: (q >= k) & (q - k <= 300 * (h + 1)))
+    for mask, B, H in zip(masks, (2, None), (None, SHAPE.heads), strict=True):
+        machine = replace(MACHINE, gpus_per_node=2, near=1e9, far=1e8)
+        plans = rf.plan_all(
+            mask, 3000, 6, B=B, H=H, layout=layout, strategy=strategy, block_size=64,
+            machine=machine,
+        )  # fmt: skip
+        shape = replace(SHAPE, batch=2)
+        expected = predict(plans, shape, machine)
+        for plan in (plans[0], plans[4]):
+            assert plan.predict(shape, machine) == expected
+    alone = rf.plan_all(rf.causal(), 3000, 1)
+    assert alone[0].predict() == predict(alone)
+
+
 def test_bad_input_is_refused() -> None:
     plans = rf.plan_all(rf.causal(), S, 2)
     with pytest.raises(ValueError, match="plans of all ranks"):
