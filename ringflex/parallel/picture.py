@@ -1,4 +1,5 @@
-"""A picture of a plan: the mask coloured by who holds the keys, the work, who sends to whom."""
+"""A picture of a plan: the mask coloured by who holds the keys, the work, who sends to whom, and
+what all ranks are predicted to do when."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from ringflex.masks.bounds import ALL, NONE, MaskBounds, Rectangles
 if TYPE_CHECKING:
     from ringflex.parallel.plan import Plan
 
+_BLUE, _SKY, _ORANGE, _GREEN = "#0072B2", "#56B4E9", "#E69F00", "#009E73"
+_MANY = 16  # ranks beyond which rows are too thin for patterns
 _CELLS = 128  # of the mask's picture, per side
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -41,9 +44,14 @@ def plot_plan(plan: Plan, path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plot() needs matplotlib: pip install ringflex[plots]") from error
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    below = min(5.0, 1.6 + 0.16 * plan.world_size)
+    figure = Figure(figsize=(13, 4.6 + below), layout="constrained")
     FigureCanvasAgg(figure)
-    mask_axes, work_axes, sends_axes = figure.subplots(1, 3, width_ratios=[1.25, 1, 1.1])
+    grid = figure.add_gridspec(
+        2, 3, width_ratios=[1.25, 1, 1.1], height_ratios=[4.6, below], hspace=0.08
+    )
+    mask_axes, work_axes, sends_axes = (figure.add_subplot(grid[0, i]) for i in range(3))
+    _draw_times(plan, figure.add_subplot(grid[1, :]), figure)
     colours = _colours(plan.world_size)
     _draw_mask(plan, mask_axes, colours)
     _draw_work(plan, work_axes, colours)
@@ -128,6 +136,42 @@ def _draw_sends(plan: Plan, axes: Any, figure: Any) -> None:
     axes.set_ylabel("rank that needs it")
     _rank_ticks(axes.xaxis, W)
     _rank_ticks(axes.yaxis, W)
+
+
+def _draw_times(plan: Plan, axes: Any, figure: Any) -> None:
+    """Of each rank a row: kernels above, transfers below."""
+    found = plan.predict()
+    hatch, edge = ("////", 0.3) if plan.world_size <= _MANY else (None, 0.0)
+    kinds = {
+        "compute, forward": _BLUE, "compute, backward": _SKY,
+        "K/V under way": _ORANGE, "dK/dV under way": _GREEN,
+    }  # fmt: skip
+    bars: dict[str, list[tuple[int, float, float]]] = {kind: [] for kind in kinds}
+    for s in found.spans:
+        kind = f"{s.name} under way"
+        if s.track != "transfer":
+            kind = f"compute, {s.name.split()[0]}"
+        bars[kind].append((s.rank, s.start * 1e3, (s.end - s.start) * 1e3))
+    for kind, colour in kinds.items():
+        rank, start, width = np.array(bars[kind] or np.zeros((0, 3))).T
+        above = kind.startswith("compute")
+        axes.barh(
+            rank + (-0.2 if above else 0.2), width, 0.4, start, color=colour, label=kind,
+            edgecolor="white", linewidth=edge, hatch=None if above else hatch,
+        )  # fmt: skip
+    axes.axvline(found.forward * 1e3, color="0.3", linestyle="--", linewidth=1)
+    axes.set_ylim(plan.world_size - 0.4, -0.6)
+    axes.set_xlim(0, found.both * 1e3)
+    axes.set_title(
+        f"predicted for one layer of 32 heads, 8 of K/V, head dim 128, bf16, on Hopper GPUs: "
+        f"forward {found.forward * 1e3:.3g} ms, both {found.both * 1e3:.3g} ms",
+        fontsize=10,
+    )
+    axes.set_xlabel("milliseconds")
+    axes.set_ylabel("rank")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    _rank_ticks(axes.yaxis, plan.world_size)
 
 
 def _rank_ticks(axis: Any, ranks: int) -> None:
