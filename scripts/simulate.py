@@ -136,9 +136,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpus", nargs="+", type=int, default=[2, 4, 8, 16, 32, 64])
     parser.add_argument("--tokens-per-gpu", type=int, default=8192)
     parser.add_argument("--tokens", type=int, help="of the whole sequence, for all numbers of GPUs")
-    parser.add_argument("--layouts", nargs="+", default=["auto", "nested"],
+    parser.add_argument("--layouts", nargs="+", default=["auto"],
                         choices=["auto", *LAYOUTS, "balanced", "nested"])  # fmt: skip
-    parser.add_argument("--strategies", nargs="+", default=["auto", "hierarchical"],
+    parser.add_argument("--strategies", nargs="+", default=["auto"],
                         choices=["auto", *STRATEGIES])  # fmt: skip
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)

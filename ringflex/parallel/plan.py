@@ -108,7 +108,7 @@ class Plan:
     Attributes:
         rank, world_size: within the plan's group.
         layout: who holds which blocks.
-        strategy: "ring", "direct" or "all_gather".
+        strategy: "ring", "direct", "hierarchical" or "all_gather".
         rows: block mask of this rank's queries against the whole sequence.
         steps: the local step, then one per arrival.
         outline: who reads what of whom, on all ranks.

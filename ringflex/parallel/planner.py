@@ -79,11 +79,11 @@ def plan(
             nodes what is done first; or "auto": the one of them all whose slowest rank is done
             first, computing, receiving and sending.
         strategy: "ring", "direct", "all_gather"; "hierarchical": a block comes to a node once, and
-            goes on within it, for nodes of `machine.gpus_per_node` ranks; or "auto": of the first
-            three the one with the fewest blocks received by any rank (ring if it is a tie).
+            goes on within it, for nodes of `machine.gpus_per_node` ranks; or "auto": of all but
+            "all_gather" the one that keeps links busy for the shortest time (ring if it is a tie).
         block_size: tokens per block of the mask, and of what is sent.
-        machine: rates of the GPUs and links that "auto" and "nested" weigh; default: H100s, eight
-            to a node, ranks node by node.
+        machine: rates of the GPUs and links that "auto" and "nested" weigh; default: Hopper GPUs,
+            eight to a node, ranks node by node.
 
     Returns:
         A `Plan`, or a dict of them.

@@ -198,8 +198,6 @@ def best_layout(
     least = cost_of(best)
     if least * (1 - _GAIN) <= survey.bound(world_size, costs, relays):
         return best
-    others = [balanced_layout(survey, *sizes, costs, relays)]
-    if world_size > costs.node:
-        others.append(nested_layout(survey, *sizes, costs, relays))
-    other = min(others, key=cost_of)
+    search = nested_layout if world_size > costs.node else balanced_layout
+    other = search(survey, *sizes, costs, relays)
     return other if cost_of(other) < least * (1 - _LEAD) else best
