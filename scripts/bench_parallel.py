@@ -79,13 +79,20 @@ def ours(world: World, arguments: argparse.Namespace, spec: Spec, p: Problem) ->
     for layout in arguments.layouts:
         for strategy in arguments.strategies:
             name = f"{OURS} {strategy}" + f", {layout}" * (layout != "auto")
-            yield name, partial(_ours, name, world, p, spec, layout, strategy, arguments.backend)
+            yield name, partial(_ours, name, world, p, spec, layout, strategy, arguments)
 
 
 def _ours(
-    name: str, world: World, p: Problem, spec: Spec, layout: str, strategy: str, backend: str
+    name: str,
+    world: World,
+    p: Problem,
+    spec: Spec,
+    layout: str,
+    strategy: str,
+    arguments: argparse.Namespace,
 ) -> Contender:
-    plan = rf.plan(p.mask_mod, spec.tokens, layout=layout, strategy=strategy)
+    nodes, backend = arguments.nodes, arguments.backend
+    plan = rf.plan(p.mask_mod, spec.tokens, layout=layout, strategy=strategy, machine=nodes)
     return Contender(
         name=name,
         run=_attention(plan, backend),
@@ -275,8 +282,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--masks", nargs="+", default=list(MASKS), choices=MASKS)
     parser.add_argument("--lengths", nargs="+", type=int, help="tokens of the whole sequence")
     parser.add_argument(
-        "--strategies", nargs="+", default=["ring", "direct", "all_gather"], choices=STRATEGIES
-    )
+        "--strategies", nargs="+", default=["ring", "direct", "all_gather"],
+        choices=["auto", *STRATEGIES],
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=rf.Machine().gpus_per_node,
+        help="for hierarchical; fewer than there are: as if in several nodes",
+    )  # fmt: skip
     parser.add_argument(
         "--layouts", nargs="+", default=["auto"], choices=["auto", *LAYOUTS, "balanced"]
     )
@@ -306,6 +318,7 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"
     arguments.backend = "auto" if on_gpu else "eager"
+    arguments.nodes = rf.Machine(gpus_per_node=arguments.gpus_per_node)
     if arguments.lengths is None:
         arguments.lengths = [16384, 65536, 262144] if on_gpu else [1024]
     return arguments
@@ -339,7 +352,7 @@ def main() -> None:
         small = {"heads": 8, "kv_heads": 2, "dim": arguments.dim, "dtype": dtype}
         # Not a multiple of anything: padding too.
         some = [Spec(mask=m, tokens=world.size * 400 - 37, **small) for m in arguments.masks]
-        found = check(world, some, arguments.strategies, arguments.layouts, arguments.backend)
+        found = check(world, some, arguments)
         record["checks"] += [{**f, "gpus": world.size} for f in found]
         worst = max(f["error"] for f in found)
         say(f"checked after {time.time() - started:.0f} s: largest relative error {worst:.1e}")

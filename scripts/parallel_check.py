@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -15,9 +16,12 @@ from ringflex.reference import reference_attention_with_gradients
 
 
 def check(
-    world: World, specs: Iterable[Spec], strategies: list[str], layouts: list[str], backend: str
+    world: World, specs: Iterable[Spec], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Small problems, sharded and by each rank alone, against fp64.
+
+    Args:
+        arguments: of bench_parallel.py: layouts, strategies, nodes, backend.
 
     Raises:
         SystemExit: sharded, something errs more than twice as much as on one device (where that is
@@ -34,10 +38,11 @@ def check(
         block_mask = rf.create_block_mask(
             mask, None, None, spec.tokens, spec.tokens, device=world.device
         )
+        backend, nodes = arguments.backend, arguments.nodes
         one = world.together(partial(_all_results, whole, block_mask, backend))
-        for layout in layouts:
-            for strategy in strategies:
-                plan = rf.plan(mask, spec.tokens, layout=layout, strategy=strategy)
+        for layout in arguments.layouts:
+            for strategy in arguments.strategies:
+                plan = rf.plan(mask, spec.tokens, layout=layout, strategy=strategy, machine=nodes)
                 local = tuple(plan.shard(x.detach(), 2) for x in whole)
                 many = _all_results(local, plan, backend)
                 errors = {

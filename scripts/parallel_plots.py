@@ -1,4 +1,4 @@
-"""The pictures of bench_parallel.py: speed, bytes, memory.
+"""The pictures of bench_parallel.py: speed, bytes, memory, scaling.
 
     python scripts/parallel_plots.py benchmarks/results/parallel.json
 
@@ -27,6 +27,8 @@ _STYLES = {
     "ringflex ring": ("#0072b2", "o"),
     "ringflex direct": ("#d55e00", "s"),
     "ringflex all_gather": ("#009e73", "^"),
+    "ringflex hierarchical": ("#56b4e9", "d"),
+    "ringflex auto": ("#0072b2", "*"),
     "torch flex, all-gather": ("#cc79a7", "D"),
     "torch context_parallel, allgather, cuDNN": ("#e69f00", "v"),
     "torch context_parallel, alltoall, cuDNN": ("#e69f00", "<"),
@@ -39,11 +41,12 @@ _ONE = "ringflex, one GPU"
 
 
 def plot_all(rows: Sequence[Row], output: Path) -> None:
-    """`NAME-speed.png`, `NAME-bytes.png` and `NAME-memory.png` beside `NAME.json`.
-
-    Of what was measured on several numbers of GPUs, the largest is shown.
+    """`NAME-speed.png`, `NAME-bytes.png` and `NAME-memory.png` beside `NAME.json`, of the largest
+    number of GPUs; `NAME-scaling.png` where several numbers were measured.
     """
     good = [r for r in rows if "error" not in r]
+    if len({r["gpus"] for r in good if r.get("both_efficiency") is not None}) > 1:
+        plot_scaling(good, output.with_name(f"{output.stem}-scaling.png"))
     most = max((r["gpus"] for r in good), default=1)
     good = [r for r in good if r["gpus"] in (most, 1)]
     plot_speed(good, most, output.with_name(f"{output.stem}-speed.png"))
@@ -221,6 +224,57 @@ def plot_memory(rows: Sequence[Row], gpus: int, path: Path) -> None:
     _legend(figure, axes, columns=max(1, min(4, int(size[0] / 3.4))))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def plot_scaling(rows: Sequence[Row], path: Path) -> None:
+    """Efficiency of our fastest strategy over GPUs: a column per mask, forward above, forward +
+    backward below; a line per length, and one of 8,192 tokens a GPU."""
+    plt = pyplot()
+    rows = [r for r in rows if r["contender"].startswith("ringflex") and "both_efficiency" in r]
+    masks, gpus = _masks(rows), sorted({r["gpus"] for r in rows} | {1})
+    figure, axes = plt.subplots(
+        2, len(masks), figsize=(max(7.5, 2.7 * len(masks)), 7.2), squeeze=False, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    lengths = [n for n, some in _by_length(rows).items() if len({r["gpus"] for r in some}) > 1]
+    colours = dict(zip(sorted(lengths), ("#0072b2", "#d55e00", "#009e73", "#cc79a7") * 9))
+    for (i, way), (j, mask) in (
+        (a, b) for a in enumerate(("forward", "both")) for b in enumerate(masks)
+    ):
+        axis, key = axes[i][j], f"{way}_efficiency"
+        mine = [r for r in rows if r["mask"] == mask]
+        for tokens, colour in colours.items():
+            some = [r for r in mine if r["tokens"] == tokens]
+            _best(axis, some, key, f"{_tokens(tokens)} tokens", color=colour, marker="o")
+        some = [r for r in mine if r["tokens"] == 8192 * r["gpus"]]
+        _best(axis, some, key, "8k tokens a GPU", color="#000000", marker="s", linestyle="--")
+        axis.axhline(1, color="#999999", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(gpus, [str(n) for n in gpus])
+        axis.minorticks_off()
+        axis.set_ylim(0, 1.15)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        if i == 0:
+            axis.set_title(TITLES[mask], fontsize=12)
+        else:
+            axis.set_xlabel("GPUs")
+        if j == 0:
+            axis.set_ylabel("forward" if way == "forward" else "forward + backward")
+    figure.suptitle("Efficiency against one GPU (1 is linear scaling)")
+    _legend(figure, axes, columns=4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _best(axis: Any, rows: Sequence[Row], key: str, label: str, **style: Any) -> None:
+    """A line over GPUs, from 1 on one of them."""
+    found = {1: 1.0}
+    for r in rows:
+        if r["gpus"] > 1:
+            found[r["gpus"]] = max(found.get(r["gpus"], 0.0), r[key])
+    if len(found) > 1:
+        x, y = zip(*sorted(found.items()), strict=True)
+        axis.plot(x, y, label=label, linewidth=1.6, markersize=6, **style)
 
 
 if __name__ == "__main__":

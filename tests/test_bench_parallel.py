@@ -147,6 +147,14 @@ def test_plots_are_drawn(tmp_path, rows):
     plot_all(rows, tmp_path / "parallel.json")
     for name in ("speed", "bytes", "memory"):
         assert (tmp_path / f"parallel-{name}.png").stat().st_size > 3000
+    assert not (tmp_path / "parallel-scaling.png").exists()
+
+
+def test_scaling_is_drawn_of_several_numbers_of_gpus(tmp_path):
+    rows = made_up_rows()
+    rows += [{**row, "gpus": 4} for row in rows]
+    plot_all(rows, tmp_path / "parallel.json")
+    assert (tmp_path / "parallel-scaling.png").stat().st_size > 3000
 
 
 def test_trace_is_for_perfetto(tmp_path):
@@ -189,15 +197,18 @@ def test_two_ranks_measure_and_merge(tmp_path):
     shared = ("--output", str(output), "--commit", "abc")
     trace = ("--trace", str(tmp_path / "trace.json"))
     launch("--strategies", "ring", "--check", *trace, *shared)
-    printed = launch("--strategies", "all_gather", "--merge", *shared)
+    others = ("--strategies", "all_gather", "hierarchical", "auto", "--gpus-per-node", "1")
+    printed = launch(*others, "--check", "--merge", *shared)
     record = json.loads(output.read_text())
     assert [c["commit"] for c in record["commands"]] == ["abc", "abc"]
     assert "--strategies all_gather" in record["commands"][1]["command"]
-    assert [c["error"] < 1e-5 for c in record["checks"]] == [True]
-    ring, gathered = record["rows"]
-    assert [r["contender"] for r in (ring, gathered)] == ["ringflex ring", "ringflex all_gather"]
-    assert [r["command"] for r in (ring, gathered)] == [0, 1]
-    for row in (ring, gathered):
+    assert [c["error"] < 1e-5 for c in record["checks"]] == [True] * 4
+    ring, gathered, *_ = record["rows"]
+    names = [r["contender"].removeprefix("ringflex ") for r in record["rows"]]
+    assert names == ["ring", "all_gather", "hierarchical", "auto"]
+    assert [r["strategy"] for r in record["rows"]][:3] == names[:3]
+    assert [r["command"] for r in record["rows"]] == [0, 1, 1, 1]
+    for row in record["rows"]:
         assert (row["mask"], row["tokens"], row["gpus"]) == ("documents", 600, 2)
         for way in ("forward", "both"):
             assert row[way] > 0
@@ -212,7 +223,7 @@ def test_two_ranks_measure_and_merge(tmp_path):
     assert 0 < ring["skipped"] < 1
     assert ring["bytes_received"] < gathered["bytes_received"]
     last_line = printed.rstrip().splitlines()[-1]
-    assert last_line.startswith("| documents, 600 | 2 | ringflex all_gather")
+    assert last_line.startswith("| documents, 600 | 2 | ringflex auto")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {(e["pid"], e["cat"]) for e in events if e["ph"] == "X"} >= {
         (0, "compute"), (1, "compute"), (0, "transfer"), (1, "transfer"),

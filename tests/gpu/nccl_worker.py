@@ -25,6 +25,7 @@ from attention_cases import LAYOUTS, STRATEGIES, Case, assert_equals_reference, 
 from ringflex.reference import Reference, reference_attention_with_gradients
 
 S, B, HQ, HKV, D, DV = 1000, 2, 4, 2, 64, 32
+EVERY_STRATEGY = (*STRATEGIES, "hierarchical")
 STRESS_STEPS = 1000
 FAILURE_TIMEOUT = timedelta(seconds=10)
 
@@ -37,6 +38,11 @@ def masks(device: torch.device) -> dict[str, Any]:
         "documents": rf.causal() & rf.document(ids),
         "full": rf.full(),
     }
+
+
+def two_nodes() -> rf.Machine:
+    """Of which the ranks are said to be, for `hierarchical`."""
+    return rf.Machine(gpus_per_node=max(1, dist.get_world_size() // 2))
 
 
 def relative_error(x: Tensor, want: Tensor) -> float:
@@ -85,8 +91,10 @@ def grid(device: torch.device) -> None:
         alone = [out, *torch.autograd.grad(out, [*leaves, *shared], tensors[3])]
         allowed = [max(limits[dtype], 2 * e) for e in map(relative_error, alone, expected)]
         allowed[:4] = [limits[dtype]] * 4
-        for layout, strategy in itertools.product(LAYOUTS, STRATEGIES):
-            plan = rf.plan(mask, S, B=B, layout=layout, strategy=strategy, block_size=64)
+        for layout, strategy in itertools.product(LAYOUTS, EVERY_STRATEGY):
+            plan = rf.plan(
+                mask, S, B=B, layout=layout, strategy=strategy, block_size=64, machine=two_nodes()
+            )
             results = run_sharded(plan, tensors, score, shared, sinks=sinks)
             errors = list(map(relative_error, results, expected))
             wrong = [e > most for e, most in zip(errors, allowed, strict=True)]
@@ -130,10 +138,11 @@ def stress(device: torch.device) -> None:
     for step in range(STRESS_STEPS):
         length, (mask, D) = random_problem(r, device)
         whole = [torch.randn(1, h, length, D, device=device).bfloat16() for h in (4, 2, 2, 4)]
-        layout, strategy = r.choice(LAYOUTS), r.choice(STRATEGIES)
+        layout, strategy = r.choice(LAYOUTS), r.choice(EVERY_STRATEGY)
         plan = rf.plan(
-            mask, length, groups[step % 2], layout=layout, strategy=strategy, block_size=64
-        )
+            mask, length, groups[step % 2], layout=layout, strategy=strategy, block_size=64,
+            machine=two_nodes(),
+        )  # fmt: skip
         busy = dist.all_reduce(gradients, group=others, async_op=True)
         found = run_sharded(plan, whole, None, [])
         busy.wait()
