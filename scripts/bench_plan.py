@@ -1,14 +1,16 @@
 """Times planning on one core: one rank's part of a plan, beside torch's block masks.
 
-    python scripts/bench_plan.py            # table and JSON; about two minutes
+    python scripts/bench_plan.py            # table and JSON; about three minutes
     python scripts/bench_plan.py --quick    # up to 1 Mi tokens
 
 The mask is causal & window of 4,096 & documents (log-normal lengths, mean about 3k). What is timed
 is all that one rank computes, from the Python function to its steps: tracing, hashing and copying
 what the mask captures, its rows, and the schedule; `auto` also outlines its share of the mask and
 chooses the layout. What the other ranks tell is made beforehand, and the exchange of it (a few
-kilobytes) is left out. torch's part is `create_block_mask` of this rank's queries against all keys,
-as its context parallelism makes it; it evaluates every element, so it runs up to 32,768 tokens.
+kilobytes) is left out. torch's part is the block mask of this rank's queries against all keys, for
+which it evaluates every element: by `create_block_mask`, up to 32,768 tokens, and by what its
+context parallelism has, which compiles that (a private function; it needs a C++ compiler), up to
+131,072.
 
 Times are medians, with one thread; memory is the growth of a fresh process's peak (Linux: VmHWM,
 reset after a small plan), copies of what is captured included.
@@ -17,6 +19,7 @@ reset after a small plan), copies of what is captured included.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -28,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention.flex_attention import create_block_mask as torch_block_mask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,8 +48,9 @@ Ki, Mi = 1 << 10, 1 << 20
 SIZES = (
     (16 * Ki, 8), (32 * Ki, 8), (128 * Ki, 8), (Mi, 8), (Mi, 64), (16 * Mi, 64), (16 * Mi, 1024),
 )  # fmt: skip
-CONTENDERS = ("contiguous", "zigzag", "auto", "torch")
-_LONGEST = {"torch": 32 * Ki, "auto": Mi}
+CONTENDERS = ("contiguous", "zigzag", "auto", "torch", "torch-cp")
+TORCH = {"torch": "torch create_block_mask", "torch-cp": "torch context parallel, compiled"}
+_LONGEST = {"torch": 32 * Ki, "torch-cp": 128 * Ki, "auto": Mi}
 
 
 def doc_ids(tokens: int) -> Tensor:
@@ -72,7 +78,7 @@ class Problem:
 
     def hear(self) -> None:
         """What the other ranks tell."""
-        if self.contender == "torch":
+        if self.contender in TORCH:
             return
         draft = self.draft()
         if draft.layout is None:
@@ -83,8 +89,8 @@ class Problem:
             draft.rows.clear()
 
     def run(self) -> Any:
-        if self.contender == "torch":
-            return self._torch()
+        if self.contender in TORCH:
+            return self._torch() if self.contender == "torch" else self._torch_compiled()
         draft = self.draft()
         draft.identity()
         if draft.layout is None:
@@ -104,6 +110,29 @@ class Problem:
             return near & (ids[q_idx] == ids[kv_idx])
 
         return torch_block_mask(mask, None, None, share, self.tokens, device="cpu")
+
+    def _torch_compiled(self) -> Any:
+        from torch.distributed.tensor.experimental._context_parallel import _attention
+
+        ids, S = self.ids, self.tokens
+
+        def mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            near = (q_idx >= kv_idx) & (q_idx - kv_idx < WINDOW)
+            return near & (ids[q_idx] == ids[kv_idx])
+
+        mesh = _mesh_of_nobody(self.ranks, self.rank)
+        return _attention._create_cp_block_mask(mask, 1, 1, S, S, mesh)
+
+
+@functools.cache
+def _mesh_of_nobody(ranks: int, rank: int) -> DeviceMesh:
+    """Of this rank alone: nothing is ever sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    return init_device_mesh("cpu", (ranks,))
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
@@ -140,7 +169,7 @@ def measure(tokens: int, ranks: int, contender: str) -> dict[str, Any]:
     problem.hear()
     megabytes = peak_megabytes(problem)
     row = {"tokens": tokens, "ranks": ranks, "contender": contender, "peak_mib": megabytes}
-    if contender != "torch":
+    if contender not in TORCH:
         plan = problem.run()
         row |= {"layout": plan.layout.name, "steps": len(plan.steps), "strategy": plan.strategy}
         row["told_bytes"] = max(rows.nbytes for rows in (*problem.told, *problem.surveys))
@@ -153,8 +182,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for r in rows:
-        name = "torch create_block_mask"
-        if r["contender"] != "torch":
+        name = TORCH.get(r["contender"], "")
+        if not name:
             chosen = f" ({r['layout']})" * (r["contender"] == "auto")
             name = f"ringflex, {r['contender']}{chosen}"
         told = f"{r['told_bytes']:,} bytes" if "told_bytes" in r else "-"

@@ -237,6 +237,7 @@ def plot_scaling(rows: Sequence[Row], path: Path) -> None:
         layout="constrained",
     )  # fmt: skip
     lengths = [n for n, some in _by_length(rows).items() if len({r["gpus"] for r in some}) > 1]
+    least = min(r[f"{way}_efficiency"] for r in rows for way in ("forward", "both"))
     colours = dict(zip(sorted(lengths), ("#0072b2", "#d55e00", "#009e73", "#cc79a7") * 9))
     for (i, way), (j, mask) in (
         (a, b) for a in enumerate(("forward", "both")) for b in enumerate(masks)
@@ -252,7 +253,7 @@ def plot_scaling(rows: Sequence[Row], path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(gpus, [str(n) for n in gpus])
         axis.minorticks_off()
-        axis.set_ylim(0, 1.15)
+        axis.set_ylim(min(0.7, least - 0.05), 1.15)
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
         if i == 0:
             axis.set_title(TITLES[mask], fontsize=12)

@@ -1,6 +1,7 @@
 """scripts/simulate.py and scripts/bench_plan.py, whole runs of small problems."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,13 +55,18 @@ def test_simulate_predicts_and_draws(tmp_path: Path) -> None:
     assert {e["pid"] for e in events} == {0, 1, 2}
 
 
-@pytest.mark.parametrize("contender", ["contiguous", "auto", "torch"])
+COMPILED = pytest.param(
+    "torch-cp", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")
+)
+
+
+@pytest.mark.parametrize("contender", ["contiguous", "auto", "torch", COMPILED])
 def test_bench_plan_measures(contender: str) -> None:
     row = json.loads(run("bench_plan.py", "--one", "4096", "4", contender).splitlines()[-1])
     assert row["contender"] == contender
     assert 0 < row["ms"] < 60_000
     assert row["peak_mib"] >= 0
-    if contender != "torch":
+    if not contender.startswith("torch"):
         assert row["steps"] >= 1
         assert 0 < row["told_bytes"] < 10_000
 
