@@ -8,6 +8,9 @@ its own.
 
 dK/dV take the same way back: they are added up at the relay, and leave the node once, in the second
 exchange after that which brought the K/V; the relay has its node's by then.
+
+What comes between nodes in a step is no more for any rank than it holds, so what it then reads of
+its node's relays is no more than the node holds, with any number of nodes.
 """
 
 from __future__ import annotations

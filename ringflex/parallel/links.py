@@ -44,9 +44,9 @@ class Costs:
             node=machine.gpus_per_node,
         )  # fmt: skip
 
-    def _of(self, near: Array, far: Array) -> float:
-        """A round in which ranks move this much within their nodes and out of them, both at once.
-        The slowest rank counts."""
+    def _round(self, near: Array, far: Array) -> float:
+        """One in which ranks move this much within their nodes and out of them, both at once; the
+        slowest counts."""
         return float(max(self.near * near.max(), self.far * far.max())) + self.begin
 
     def direct(self, read: Array, share: int) -> Rounds:
@@ -60,8 +60,8 @@ class Costs:
         split = replace(transfers, load=transfers.load * np.stack([~far, far], axis=1))
 
         def busy(number: Array) -> float:
-            largest = (np.maximum(came, gone) for came, gone in split.largest(number))
-            return sum(self._of(moved[:, 0], moved[:, 1]) for moved in largest)
+            moved = (np.maximum(came, gone) for came, gone in split.sums(number))
+            return sum(self._round(m[:, 0], m[:, 1]) for m in moved)
 
         return _shortest(transfers, share, 2 * share, busy)
 
@@ -83,10 +83,10 @@ class Costs:
 
         def busy(number: Array) -> float:
             near, total, nothing = passed(np.arange(N), np.arange(N)), 0.0, np.zeros(1)
-            for k, (came, gone) in enumerate(transfers.largest(number), start=1):
-                total += self._of(near, np.maximum(came, gone))
+            for k, (came, gone) in enumerate(transfers.sums(number), start=1):
+                total += self._round(near, np.maximum(came, gone))
                 near = passed(transfers.reader[number == k], transfers.source[number == k])
-            return total + self._of(near, nothing)
+            return total + self._round(near, nothing)
 
         return _shortest(transfers, share, share, busy)
 

@@ -133,9 +133,10 @@ class Reads:
     """Needs on a layout: who reads what from whom.
 
     Args:
-        costs: of the links; the ranks of a node.
+        costs: of the links, by which transfers are dealt onto rounds.
 
     Attributes:
+        share: blocks that each rank holds.
         blocks: that each reader reads of each owner, int64 `[W readers, W owners]`; none of itself.
     """
 

@@ -121,7 +121,7 @@ class _PieceDeal:
 
 
 def _balanced(problem: Problem, chunks: Array, ranks: int) -> Array:
-    """The owners of some chunks, which see nothing of others, among some ranks."""
+    """The owners of some chunks among some ranks, as if they saw nothing of others."""
     here = np.zeros(problem.C, dtype=bool)
     here[chunks] = True
     inside = problem.need[chunks][:, np.tile(here, problem.layers)]

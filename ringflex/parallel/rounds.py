@@ -36,17 +36,15 @@ class Transfers:
         reader, source = reader[order], source[order]
         return cls(n, reader, source, loads[reader, source])
 
-    def largest(self, number: Array) -> Iterator[tuple[Array, Array]]:
-        """Of each round, by the rounds of the transfers: what comes to each reader and what leaves
-        each source, int64 `[n, parts]`."""
+    def sums(self, number: Array) -> Iterator[tuple[Array, Array]]:
+        """Of each round in turn, by the rounds of the transfers: what comes to each reader and what
+        leaves each source, int64 `[n, parts]`."""
         for k in range(1, int(number.max(initial=0)) + 1):
-            yield self._sums(number == k)
-
-    def _sums(self, which: Array) -> tuple[Array, Array]:
-        came, gone = (np.zeros((self.n, self.load.shape[1]), dtype=np.int64) for _ in range(2))
-        np.add.at(came, self.reader[which], self.load[which])
-        np.add.at(gone, self.source[which], self.load[which])
-        return came, gone
+            some = number == k
+            came, gone = (np.zeros((self.n, self.load.shape[1]), dtype=np.int64) for _ in range(2))
+            np.add.at(came, self.reader[some], self.load[some])
+            np.add.at(gone, self.source[some], self.load[some])
+            yield came, gone
 
     def by_distance(self, room: int) -> Array:
         """The round of each transfer, int64 from 1 on: all of a distance together, as many in a row

@@ -28,7 +28,7 @@ def test_rounds_of_any_loads(n: int, parts: int, room: int, density: float, seed
     by_distance, one_by_one = transfers.by_distance(room), transfers.one_by_one(room, sends)
     for number in (by_distance, one_by_one):
         assert set(number.tolist()) == set(range(1, int(number.max(initial=0)) + 1))
-        for k, (came, gone) in enumerate(transfers.largest(number), start=1):
+        for k, (came, gone) in enumerate(transfers.sums(number), start=1):
             now = np.zeros_like(loads)
             some = number == k
             now[transfers.reader[some], transfers.source[some]] = transfers.load[some]
