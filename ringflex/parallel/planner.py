@@ -17,6 +17,7 @@ from ringflex.parallel.links import Costs
 from ringflex.parallel.machine import Machine
 from ringflex.parallel.needs import Reads, need_rows, needs_of
 from ringflex.parallel.plan import Outline, Plan, stats_of
+from ringflex.parallel.recent import recall, remember
 from ringflex.parallel.steps import Step
 
 
@@ -62,7 +63,9 @@ def plan(
 
     Each rank builds the block mask of its own queries only; ranks agree on the arguments and
     exchange which K/V blocks they need in two small all-gathers. For layouts "auto" and "balanced"
-    each rank first outlines an equal share of the mask, and ranks exchange that in two more.
+    each rank first outlines an equal share of the mask, and ranks exchange that in two more. Where all
+    ranks have the plan of the same masks, over the same captured values, among the group's last four,
+    it is that one.
 
     >>> plan = rf.plan(rf.causal() & rf.document(doc_ids), seq_len=S, group=mesh["cp"])
     >>> plans = rf.plan({"local": local, "global": everything}, seq_len=S)  # one shared layout
@@ -127,21 +130,33 @@ class Planning:
     def finish(self) -> Plan | dict[str, Plan]:
         """The plan, or the plans."""
         rank = self.comm.rank if self.comm else 0
+        known: dict[str, Plan] | None = None
 
-        def begin() -> tuple[tuple[str, bytes], Array]:
+        def begin(anew: bool) -> tuple[tuple[str, bytes], Array | None]:
+            nonlocal known
             if isinstance(self.draft, Exception):
                 raise self.draft
+            identity = self.draft.identity()
+            known = None if anew else recall(self.comm, identity[1])
+            if known is not None:
+                return identity, None
             surveys = self.draft.layout is None
             rows = self.draft.survey(rank) if surveys else self.draft.needs(rank)
-            return self.draft.identity(), rows
+            return identity, rows
 
-        told = _tell(self.agreement, begin)
+        told = _tell(self.agreement, partial(begin, False), partial(begin, True))
+        if told is None:
+            assert known is not None
+            return known if self.several else known[""]
         draft = self.draft
         assert isinstance(draft, Draft)
+        key = draft.identity()[1]  # before the layout is chosen
         if draft.layout is None:
             told = _tell(self.agreement, partial(draft.settle, rank, told))
+            assert told is not None
         draft.hear(told)
         plans = draft.plans(rank, self.comm)
+        remember(self.comm, key, plans)
         return plans if self.several else plans[""]
 
 
@@ -213,15 +228,21 @@ def single_device_plan(block_mask: BlockMask) -> Plan:
 
 
 def _tell(
-    comm: Agreement | None, make: Callable[[], tuple[tuple[str, bytes], Array]]
-) -> list[Array]:
-    """The rows of all ranks. What goes wrong on one is raised on all, where they wait for it.
+    comm: Agreement | None,
+    make: Callable[[], tuple[tuple[str, bytes], Array | None]],
+    again: Callable[[], tuple[tuple[str, bytes], Array | None]] | None = None,
+) -> list[Array] | None:
+    """The rows of all ranks; None if no rank has any to tell. What goes wrong on one is raised on
+    all, where they wait for it.
 
     Args:
-        make: what all ranks must have alike, in words and bytes, and this rank's rows, int64.
+        make: what all ranks must have alike, in words and bytes, and this rank's rows, int64; None
+            if it knows all that follows.
+        again: the same, where others do not.
     """
     alone = comm is None or comm.size == 1
-    identity, rows, error = ("", b""), np.zeros((0, 1), dtype=np.int64), None
+    identity, error = ("", b""), None
+    rows: Array | None = np.zeros((0, 1), dtype=np.int64)
     try:
         identity, rows = make()
     except Exception as problem:
@@ -229,6 +250,9 @@ def _tell(
             raise
         error = problem
     if comm is None or alone:
-        return [rows]
-    counts = comm.agree(*identity, error, count=rows.shape[0])
-    return comm.all_gather_rows(rows, counts)
+        return None if rows is None else [rows]
+    counts = comm.agree(*identity, error, count=0 if rows is None else 1 + rows.shape[0])
+    if not all(counts):
+        return _tell(comm, again) if again is not None and any(counts) else None
+    assert rows is not None
+    return comm.all_gather_rows(rows, [count - 1 for count in counts])
