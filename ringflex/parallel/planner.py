@@ -63,9 +63,8 @@ def plan(
 
     Each rank builds the block mask of its own queries only; ranks agree on the arguments and
     exchange which K/V blocks they need in two small all-gathers. For layouts "auto" and "balanced"
-    each rank first outlines an equal share of the mask, and ranks exchange that in two more. Where all
-    ranks have the plan of the same masks, over the same captured values, among the group's last four,
-    it is that one.
+    each rank first outlines an equal share of the mask, and ranks exchange that in two more. A
+    group's last four plans are kept: equal masks over equal captured values are planned once.
 
     >>> plan = rf.plan(rf.causal() & rf.document(doc_ids), seq_len=S, group=mesh["cp"])
     >>> plans = rf.plan({"local": local, "global": everything}, seq_len=S)  # one shared layout
