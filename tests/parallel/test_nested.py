@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ringflex as rf
@@ -64,6 +64,7 @@ def test_auto_weighs_links() -> None:
     assert times["slow"] < times["fast"]
 
 
+@settings(max_examples=40)
 @given(
     nodes=st.integers(1, 4), node=st.integers(1, 4), share=st.integers(1, 9),
     documents=st.integers(1, 20), seed=st.integers(0, 2**31),
