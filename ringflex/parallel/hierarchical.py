@@ -25,21 +25,25 @@ from ringflex.parallel.steps import Held, Moved, StepMaker
 def add_hierarchical_steps(maker: StepMaker) -> None:
     """All steps but the local one, which is the first. The ranks of a node divide all ranks."""
     here = _Node(maker, maker.reads.costs.node)
-    relays = _relays(here)
+    found, nothing = maker.reads.relayed, _Relay([], [])
+    sources, readers = found.sources(here.number), found.readers(here.number)
+    # By step; in the first, what there is to pass on is each rank's own.
+    relays = [_Relay([here.number], []), *map(_Relay, sources, readers)]
     delay = 2 if here.size > 1 else 0  # steps from a relay's K/V to its dK/dV
-    last = len(relays) + (delay if relays else int(here.reads_inside()))
-    own = _Relay([here.number], [])
-    by_step = {0: own, **dict(enumerate(relays, start=1))}
-    nothing = _Relay([], [])
+    last = len(found) + (delay if len(found) else int(here.reads_inside()))
+    relays += [nothing] * (last + 1 - len(relays))
+    brought: dict[int, list[Moved]] = {}  # to this rank as a relay, by step
+    given: dict[int, list[Moved]] = {}  # to those of other nodes
     for number in range(1, last + 1):
-        passed, relayed = by_step.get(number - 1, nothing), by_step.get(number, nothing)
-        returned = by_step.get(number - delay, nothing) if number > delay else nothing
-        comes, leaves = here.passed_here(passed, number), here.passed_on(passed, number - 1)
+        before, relay, home = relays[number - 1], relays[number], number - delay
+        comes, leaves = here.passed_here(before, number), here.passed_on(before, number - 1)
+        brought[number] = here.relayed_here(relay, number)
+        given[number] = here.relayed_there(relay)
         maker.add(
-            [*comes, *here.relayed_here(relayed, number)],
-            [*leaves, *here.relayed_there(relayed)],
-            [*comes, *here.relayed_here(returned, number - delay)],
-            [*leaves, *here.relayed_there(returned)],
+            [*comes, *brought[number]],
+            [*leaves, *given[number]],
+            [*comes, *brought.get(home, [])],
+            [*leaves, *given.get(home, [])],
         )
 
 
@@ -51,20 +55,11 @@ class _Relay:
     readers: list[int]
 
 
-def _relays(here: _Node) -> list[_Relay]:
-    """By round."""
-    found = here.maker.reads.relayed
-    return [
-        _Relay(found.sources(here.number, k), found.readers(here.number, k))
-        for k in range(1, 1 + len(found))
-    ]
-
-
 class _Node:
     """The node of a rank: what moves in it, out of it and into it."""
 
     def __init__(self, maker: StepMaker, size: int) -> None:
-        self.maker, self.size, self.nodes = maker, size, maker.world // size
+        self.maker, self.size = maker, size
         self.number, self.place = divmod(maker.rank, size)
         self.first = self.number * size
         self.mates = [maker.reads.by(self.first + place) for place in range(size)]

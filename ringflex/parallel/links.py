@@ -103,16 +103,18 @@ class Rounds:
     def __len__(self) -> int:
         return int(self.number.max(initial=0))
 
-    def sources(self, reader: int, number: int) -> list[int]:
-        """Of whom one rank, or node, receives in a round."""
-        t = self.transfers
-        found: list[int] = t.source[(t.reader == reader) & (self.number == number)].tolist()
-        return found
+    def sources(self, reader: int) -> list[list[int]]:
+        """Of whom one rank, or node, receives, by round."""
+        return self._by_round(self.transfers.reader == reader, self.transfers.source)
 
-    def readers(self, source: int, number: int) -> list[int]:
-        """To whom one sends in a round."""
-        t = self.transfers
-        found: list[int] = t.reader[(t.source == source) & (self.number == number)].tolist()
+    def readers(self, source: int) -> list[list[int]]:
+        """To whom one sends, by round."""
+        return self._by_round(self.transfers.source == source, self.transfers.reader)
+
+    def _by_round(self, mine: Array, peers: Array) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in range(len(self))]
+        for number, peer in zip(self.number[mine].tolist(), peers[mine].tolist(), strict=True):
+            found[number - 1].append(peer)
         return found
 
 

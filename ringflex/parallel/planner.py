@@ -130,13 +130,15 @@ class Planning:
         """The plan, or the plans."""
         rank = self.comm.rank if self.comm else 0
         known: dict[str, Plan] | None = None
+        key = b""  # of the request, before the layout is chosen
 
         def begin(anew: bool) -> tuple[tuple[str, bytes], Array | None]:
-            nonlocal known
+            nonlocal known, key
             if isinstance(self.draft, Exception):
                 raise self.draft
             identity = self.draft.identity()
-            known = None if anew else recall(self.comm, identity[1])
+            key = identity[1]
+            known = None if anew else recall(self.comm, key)
             if known is not None:
                 return identity, None
             surveys = self.draft.layout is None
@@ -149,7 +151,6 @@ class Planning:
             return known if self.several else known[""]
         draft = self.draft
         assert isinstance(draft, Draft)
-        key = draft.identity()[1]  # before the layout is chosen
         if draft.layout is None:
             told = _tell(self.agreement, partial(draft.settle, rank, told))
             assert told is not None

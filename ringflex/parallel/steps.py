@@ -93,12 +93,10 @@ class StepMaker:
 
     def __init__(self, rank: int, reads: Reads, rows: BlockMask | None) -> None:
         self.rank, self.reads, self.rows = rank, reads, rows
-        self.layout, self.world, self.groups = (
-            reads.layout, reads.layout.world_size, reads.needs.groups,
-        )  # fmt: skip
+        self.world, self.groups = reads.layout.world_size, reads.needs.groups
         self.seen, self.shown = reads.by(rank), reads.of(rank)
         self.nothing: Held = [_NOTHING] * self.groups
-        local: Held = [self.layout.blocks_of(rank)] * self.groups
+        local: Held = [reads.layout.blocks_of(rank)] * self.groups
         self.held = [local]
         self.steps = [Step(mask=self._rows_on(local), width=local[0].size)]
 
@@ -110,7 +108,7 @@ class StepMaker:
         collected: Sequence[Moved],
     ) -> None:
         """Adds a step that receives and sends K/V, and returns and collects gradients; what comes
-        is `of` this step, whose number is `following`."""
+        is `of` this step."""
         parts = zip(*(moved.blocks for moved in comes), strict=True)
         arriving = [np.sort(np.concatenate(part)) for part in parts] or self.nothing
         self.held.append(arriving)
@@ -123,11 +121,6 @@ class StepMaker:
             collects=self._transfers(collected),
         )
         self.steps.append(step)
-
-    @property
-    def following(self) -> int:
-        """The number of the step that is added next."""
-        return len(self.steps)
 
     def between(self, blocks: list[dict[int, Array]], peer: int) -> Held:
         return [of_group.get(peer, _NOTHING) for of_group in blocks]

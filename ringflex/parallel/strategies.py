@@ -51,8 +51,8 @@ def _add_direct_steps(maker: StepMaker) -> None:
     than it holds itself. Documents and windows need few blocks of many ranks, and ranks whose work
     differs from step to step wait for each other at every one."""
     rank, found = maker.rank, maker.reads.direct
-    for number in range(1, 1 + len(found)):
-        owners, readers = found.sources(rank, number), found.readers(rank, number)
+    rounds = zip(found.sources(rank), found.readers(rank), strict=True)
+    for number, (owners, readers) in enumerate(rounds, start=1):
         comes = [Moved(o, maker.between(maker.seen, o), number) for o in owners]
         leaves = [Moved(r, maker.between(maker.shown, r)) for r in readers]
         maker.add(comes, leaves, comes, leaves)
