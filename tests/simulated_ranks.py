@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -39,24 +38,16 @@ class Network:
 
 
 class SimulatedCommunicator:
-    """What a schedule needs of a `Communicator`. late: post transfers as late as on a GPU."""
+    """What a schedule needs of a `Communicator`."""
 
-    def __init__(self, network: Network, rank: int, size: int, *, late: bool) -> None:
-        self.network, self.rank, self.size, self.late = network, rank, size, late
+    def __init__(self, network: Network, rank: int, size: int) -> None:
+        self.network, self.rank, self.size = network, rank, size
         self.bytes_sent = self.bytes_received = 0
-
-    def ready(self) -> Any:
-        return "now" if self.late else None
-
-    @contextmanager
-    def aside(self, ready: Any) -> Iterator[None]:
-        yield
 
     def exchange(
         self,
         sends: Sequence[tuple[int, Tensor]],
         receives: Sequence[tuple[int, Tensor]],
-        ready: Any = None,
         *,
         name: str = "",
         step: int = 0,
@@ -94,7 +85,6 @@ def run_ranks(
     score_mod: Callable[..., Tensor] | None = None,
     *,
     sinks: Tensor | None = None,
-    late: bool = False,
     options: KernelOptions | None = None,
 ) -> Reference:
     """Attention of the whole sequence, computed by ranks; gradients of captures are sums.
@@ -112,7 +102,7 @@ def run_ranks(
     def one_rank(rank: int) -> None:
         network.turn.acquire()
         try:
-            comm: Any = SimulatedCommunicator(network, rank, size, late=late)
+            comm: Any = SimulatedCommunicator(network, rank, size)
             plan = replace(plans[rank], comm=comm)
             local = [plan.shard(x, 2) for x in (q, k, v, dout)]
             parts[rank] = _attend(plan, kernel, *local, score, sinks, options)

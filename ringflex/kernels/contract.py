@@ -2,7 +2,7 @@
 
 A kernel is a module with
 
-    forward(q, k, v, mask, score, scale, before, after, options, stage, running)
+    forward(q, k, v, mask, score, scale, before, after, options, stage, running, beside)
     row_terms(dout, out, lse, dlse, mask, options) -> terms
     backward(dout, q, k, v, terms, mask, score, scale, gradients, options)
     has_separate_passes(q, v, options) -> bool
@@ -16,6 +16,7 @@ A kernel is a module with
   `before`, and which end with it and go to `after`; in between a result is in `running`: out in the
   compute dtype, lse in fp64, so that its rounding does not add up. What is in `after` is rounded
   once.
+- `beside`: transfers may be under way meanwhile, which need a few multiprocessors of the GPU.
 - `row_terms` turns the **global** out, lse and their gradients into what `backward` needs of each
   query, once for all steps: among it `delta = dout . out - dlse`, `[B, Hq, q_len or more]`.
 - `backward` adds this K/V's share of the gradients into `gradients`, or overwrites them.
@@ -61,6 +62,7 @@ class Gradients:
             where no gradient is wanted. They are added to by the call that computes dq.
         stage, running_q: as in `forward`, for dq; running_q is in the compute dtype. running_q
             without a stage, of a kernel without separate passes: dQ is added to it, and dq left.
+        beside: as in `forward`.
     """
 
     dq: Tensor | None
@@ -69,6 +71,7 @@ class Gradients:
     dcaptures: Sequence[Tensor | None]
     stage: Stage | None = None
     running_q: Tensor | None = None
+    beside: bool = False
 
 
 class Tile(NamedTuple):

@@ -57,6 +57,7 @@ def forward(
     options: KernelOptions,
     stage: Stage | None = None,
     running: Partial | None = None,
+    beside: bool = False,
 ) -> None:
     """See `contract`."""
     if stage is not None:

@@ -6,7 +6,8 @@ What these kernels do not serve goes to the portable Triton kernel, launch by la
 - `tiles` by hand, or `tune`, which are of that kernel;
 - a backward with head dims above 128, or that must be deterministic (or `backward="two_pass"`), as
   this one adds up dQ in any order;
-- a backward of fewer tiles of keys than half the multiprocessors.
+- a backward of fewer tiles of keys than half the multiprocessors, but for a step of several, whose
+  queries, most of which see nothing of it, those kernels would visit all.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _STAYS = 128  # queries of a forward tile, keys of a backward tile
 _GROUP = 64  # of them, to a warpgroup
 _REGISTERS = (240, 24)  # per thread of the consumers and the producer
 _LARGEST_BACKWARD_DIM = 128
-_FORWARD_BLOCK, _BACKWARD_BLOCK = 1.7, 5.0  # microseconds that 128 x 128 scores take an H200
+_FEW = 0.5  # tiles of keys per multiprocessor
 
 
 def forward(
@@ -61,6 +62,7 @@ def forward(
     options: KernelOptions,
     stage: Stage | None = None,
     running: Partial | None = None,
+    beside: bool = False,
 ) -> None:
     """See `contract`."""
     setup = Setup.of(q, k, v, mask, options)
@@ -74,15 +76,14 @@ def forward(
         score_function = unchanged
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_n = 128 if max(D, Dv) <= 128 else 64
-    key = ("hopper forward", kind_of(mod), score_function, merge.key)
+    key = ("hopper forward", kind_of(mod), score_function, merge.key, beside)
     ready = setup.prepared.get(key)
     if ready is None:
         lists = query_lists(mask, q.device)
         tiles_m, tiles_n = mask.block_size[0] // _STAYS, mask.block_size[1] // block_n
         heads = setup.batch * setup.heads
         stages = 4 if max(D, Dv) <= 64 else 2
-        took = None if stage is None else _FORWARD_BLOCK * float(lists.work.mean())
-        programs, quota = programs_and_quota(heads * lists.blocks * tiles_m, q.device, took)
+        programs, quota = programs_and_quota(heads * lists.blocks * tiles_m, q.device, beside)
         ready = Prepared(
             hopper_forward_kernel,
             (programs, 1, 1),
@@ -134,7 +135,8 @@ def backward(
     dout = dout if describable(dout) else dout.contiguous()
     heads = setup.batch * setup.kv_heads
     tiles = heads * mask.kv_blocks * (mask.block_size[1] // _STAYS)
-    few = 2 * tiles <= multiprocessors(q.device) and q.device.type == "cuda"  # not when compiling
+    few = g.running_q is None and tiles <= _FEW * multiprocessors(q.device)
+    few = few and q.device.type == "cuda"  # not when compiling
     many = terms.delta.numel() >= 2**31  # row terms, whose places are counted in 32 bits
     if few or many or not setup.describable or alignment(q, k, v, dout):
         _portable_backward(dout, q, k, v, terms, mask, score, scale, g, options)
@@ -143,12 +145,11 @@ def backward(
     wanted = () if mod is None else mod.wanted([d is not None for d in g.dcaptures])
     pairs = [] if mod is None else accumulators(mod, wanted)
     dq = sum_of_queries(g)
-    alone = g.running_q is None
     score_function = None if mod is None else mod.function()
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_m = 128 if max(D, Dv) <= 64 and mod is None else 64  # what registers allow
     key = (
-        "hopper backward", alone, kind_of(mod), score_function, dout.stride(), g.dk.dtype,
+        "hopper backward", g.beside, kind_of(mod), score_function, dout.stride(), g.dk.dtype,
         g.dk.stride(), g.dv.stride(), tuple(wanted), alignment(g.dk, g.dv),
     )  # fmt: skip
     ready = setup.prepared.get(key)
@@ -158,8 +159,7 @@ def backward(
         # Programs that walk the same queries at the same time take all heads of a tile at once;
         # those that do not, head by head: so what they share is in the L2 cache.
         members = setup.group if lists.begin_together and mask.H == 1 else 1
-        took = None if alone else _BACKWARD_BLOCK * float(lists.work.mean()) * setup.group
-        programs, quota = programs_and_quota(tiles, q.device, took)
+        programs, quota = programs_and_quota(tiles, q.device, g.beside)
         score_gradient = None
         if mod is not None:
             score_gradient = mod.gradient(wanted or [False] * len(mod.tables))

@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ringflex.kernels.block_lists import BlockLists
 
 _COUNTERS = 2048  # launches that may be under way at once
-_PATIENCE = 100.0  # microseconds
+_GENERATIONS = 4  # of programs
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 _FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
@@ -52,20 +52,20 @@ def leading_tiles(lists: BlockLists, tiles: int, heads: int, device: torch.devic
     return int(np.count_nonzero(enough)) * tiles
 
 
-def programs_and_quota(
-    tiles: int, device: torch.device, microseconds: float | None
-) -> tuple[int, int]:
+def programs_and_quota(tiles: int, device: torch.device, beside: bool) -> tuple[int, int]:
     """How many programs to launch, and how many tiles each may take.
 
     Args:
         tiles: in all.
-        microseconds: about how long a tile takes, where transfers are under way meanwhile, which
-            must not wait for long until a multiprocessor is free; None where there are none.
+        beside: transfers may be under way meanwhile. They begin before the kernel; those that come
+            too late find a multiprocessor before its end where programs end one after the other.
     """
-    if microseconds is None:
-        return min(tiles, multiprocessors(device)), 1 << 30
-    quota = max(1, round(_PATIENCE / max(1.0, microseconds)))
-    return -(-tiles // quota), quota
+    at_once = multiprocessors(device)
+    if not beside:
+        return min(tiles, at_once), 1 << 30
+    quota = -(-tiles // (_GENERATIONS * at_once))
+    spare = at_once if quota > 1 else 0  # so that no program must take more in the end than others
+    return -(-tiles // quota) + spare, quota
 
 
 @functools.cache

@@ -52,6 +52,7 @@ def forward(
     options: KernelOptions,
     stage: Stage | None = None,
     running: Partial | None = None,
+    beside: bool = False,
 ) -> None:
     """See `contract`."""
     setup, q, k, v = _setup(q, k, v, mask, options)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -146,35 +145,20 @@ class Communicator(Agreement):
         dist.all_reduce(x, group=self.group)
         return x
 
-    @contextmanager
-    def aside(self, ready: torch.cuda.Event | None) -> Iterator[None]:
-        """On a GPU: what is launched inside runs beside the current stream, after `ready`."""
-        if ready is None:
-            yield
-            return
-        stream = _side_stream(torch.cuda.current_device())
-        with torch.cuda.stream(stream):
-            stream.wait_event(ready)
-            yield
-
-    def ready(self) -> torch.cuda.Event | None:
-        """What the current stream has been given so far; None on a CPU, which has done it."""
-        return torch.cuda.current_stream().record_event() if self.on_gpu else None
-
     def exchange(
         self,
         sends: Sequence[tuple[int, Tensor]],
         receives: Sequence[tuple[int, Tensor]],
-        ready: torch.cuda.Event | None = None,
         *,
         name: str = "tensors",
         step: int = 0,
     ) -> Exchange:
         """Starts sending and receiving contiguous tensors, by peer rank within the group.
 
+        On a GPU, after all that the current stream has been given; what it is given from now on
+        runs at the same time.
+
         Args:
-            ready: on a GPU, what must be done before; by default all that the current stream has
-                been given. What it is given from now on runs at the same time.
             name, step: what is sent, at which step of a plan; for messages and timelines.
         """
         group = self._transfers
@@ -184,18 +168,17 @@ class Communicator(Agreement):
         self.bytes_received += sum(x.nbytes for _, x in receives)
         exchange = Exchange(self, sends, receives, name, step)
         if ops:
-            with self.aside(ready or self.ready()):
-                exchange.span = timeline.begin("transfer", name, step)
-                exchange.works = dist.batch_isend_irecv(ops)
-                if self.on_gpu:
-                    exchange.follow()
+            exchange.start(ops)
         return exchange
+
+
+# Cycles: a few microseconds, longer than it takes from one stream's event to another's kernel.
+_HEAD_START = 15_000
 
 
 @functools.cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    """Where messages are packed and transfers wait. Its small kernels go before those that wait for
-    room on the GPU. One for all groups: memory that it was given stays with it."""
+    """Where what follows a transfer waits for it."""
     return torch.cuda.Stream(device, priority=-2)
 
 
@@ -210,7 +193,8 @@ class Exchange:
         name: str,
         step: int,
     ) -> None:
-        self.comm, self.what = comm, f"rank {comm.rank}, step {step}: {name}"
+        self.comm, self.name, self.step = comm, name, step
+        self.what = f"rank {comm.rank}, step {step}: {name}"
         self.works: list[Any] = []
         self.buffers = [x for _, x in (*sends, *receives)]
         self.peers = [f"to rank {p}" for p, _ in sends] + [f"from rank {p}" for p, _ in receives]
@@ -219,14 +203,24 @@ class Exchange:
     def __str__(self) -> str:
         return f"{self.what} {', '.join(dict.fromkeys(self.peers))}"
 
-    def follow(self) -> None:
-        """The current stream, that of the communicator, goes on when the transfers are done."""
-        for work in self.works:
-            work.wait()
-        if self.span is not None:
-            self.span.end()
-        done = torch.cuda.current_stream().record_event()
-        watch(self.works, done, str(self), self.comm.group)
+    def start(self, ops: Sequence[dist.P2POp]) -> None:
+        """They are under way. On a GPU the current stream pauses for a moment.
+
+        That lets NCCL's kernel have its multiprocessors before the next kernel takes them all: one
+        rank's would wait for the end of that, and the others' would keep theirs busy waiting.
+        """
+        self.span = timeline.begin("transfer", self.name, self.step)
+        self.works = dist.batch_isend_irecv(list(ops))
+        if not self.comm.on_gpu:
+            return
+        side = _side_stream(torch.cuda.current_device())
+        with torch.cuda.stream(side):
+            for work in self.works:
+                work.wait()
+            if self.span is not None:
+                self.span.end()
+        watch(self.works, side.record_event(), str(self), self.comm.group)
+        torch.cuda._sleep(_HEAD_START)
 
     def wait(self) -> None:
         """The buffers are ready for the current stream (GPU) or the program (CPU).

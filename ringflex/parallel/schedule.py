@@ -1,14 +1,14 @@
 """The forward and backward loops over a plan's steps. One loop serves all strategies.
 
-While step i computes, step i + 1's K/V is under way; on a GPU it is packed, on the communicator's
-stream, and posted once step i's kernel is launched, beside which it costs least. In the backward,
-dK/dV go home one step behind K/V. Partial results are merged, and gradients added, in a fixed
-order: the same inputs give the same bits on every run where the kernel is deterministic.
+While step i computes, one exchange is under way: it brings step i + 1's K/V and, in the backward,
+takes step i - 1's dK/dV home. It is posted just before step i's kernel is launched. Partial results
+are merged, and gradients added, in a fixed order: the same inputs give the same bits on every run
+where the kernel is deterministic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,9 +19,9 @@ from ringflex.kernels.contract import Gradients, KernelOptions, Partial, compute
 from ringflex.masks.trace import TracedMod
 from ringflex.parallel.comm import Communicator, Exchange
 from ringflex.parallel.lanes import Lanes
-from ringflex.parallel.packing import Pair, add, add_all, new_message, pack, unpack
+from ringflex.parallel.packing import Messages, Pair
 from ringflex.parallel.plan import Plan
-from ringflex.parallel.steps import Step, Transfer
+from ringflex.parallel.steps import Step
 from ringflex.parallel.timeline import computing
 
 
@@ -52,12 +52,14 @@ def forward(
             torch.empty_like(after.out, dtype=compute_dtype(q.dtype)),
             torch.empty_like(after.lse, dtype=torch.float64),
         )
-    for number, step, held in _Arrivals(plan, Pair(k, v)):
+    beside = len(plan.steps) > 1
+    for number, step, held in _Walk(plan, Pair(k, v)):
         if step.mask is not None:
             with computing("forward", number):
                 kernel.forward(
-                    q, *held, step.mask, score, scale, before, after, options, step.stage, running
-                )
+                    q, *held, step.mask, score, scale, before, after, options, step.stage, running,
+                    beside,
+                )  # fmt: skip
 
 
 def backward(
@@ -78,15 +80,15 @@ def backward(
     A kernel that computes dQ and dK/dV apart leaves the local dK/dV, for which nothing waits,
     behind all the rest: on a GPU they fill what room there is beside it (see `lanes`).
     """
-    several = len(plan.steps) > 1
-    home = _new(Pair(k, v), compute_dtype(q.dtype) if several else k.dtype)
+    adds = any(t.of == 0 for step in plan.steps for t in step.collects)
+    home = _new(Pair(k, v), compute_dtype(k.dtype) if adds else k.dtype)
     apart = kernel.has_separate_passes(q, v, options)
     calls = _Calls(plan, kernel, dout, q, terms, score, scale, dcaptures, options, apart)
     lanes = Lanes(q.device)
     with lanes.ahead():
-        arrivals = _Arrivals(plan, Pair(k, v))
-        returns = _Returns(plan, home, lanes)
-        for number, step, held in arrivals:
+        returns = _Returns(plan, home, lanes, options)
+        walk = _Walk(plan, Pair(k, v), returns)
+        for number, step, held in walk:
             if number == 0:
                 if step.mask is None:
                     _zero(home)
@@ -96,15 +98,15 @@ def backward(
                     with lanes.behind():
                         calls.run(0, step, held, home, queries=False, track="behind")
                 continue
-            back = returns.of(number, step, held, options)
+            gradients = returns.of(number, step, held)
             if step.mask is not None:
-                calls.run(number, step, held, back.gradients, queries=not apart)
-            back.seal()
-            arrivals.post()
+                calls.run(number, step, held, gradients, queries=not apart)
             if apart and step.mask is not None:
+                if number == len(plan.steps) - 1:
+                    walk.post_last()  # beside dQ
                 calls.run(number, step, held, None, queries=True)
-            returns.settle()
-            returns.submit(back)
+        walk.post_last()
+        walk.wait()
         home = returns.all_added(k.dtype)
         dq = calls.all_added()
     return dq, *home
@@ -128,7 +130,7 @@ class _Calls:
     ) -> None:
         self.kernel, self.dout, self.q, self.terms = kernel, dout, q, terms
         self.score, self.scale, self.dcaptures, self.options = score, scale, dcaptures, options
-        self.apart = apart
+        self.apart, self.beside = apart, len(plan.steps) > 1
         computed = sum(step.mask is not None for step in plan.steps)
         make = torch.empty if computed else torch.zeros
         self.dq = make(q.shape, dtype=q.dtype, device=q.device)
@@ -156,6 +158,7 @@ class _Calls:
             dcaptures=self.dcaptures,
             stage=step.stage if self.apart else None,
             running_q=self.running_q,
+            beside=self.beside,
         )
         passes = "dQ, dK, dV" if queries and gradients else "dQ" if queries else "dK, dV"
         with computing(f"backward {passes}", number, track):
@@ -171,79 +174,89 @@ class _Calls:
         return self.dq
 
 
-class _Arrivals:
-    """Each step's number, the step and its K/V. The next step's K/V comes meanwhile."""
-
-    def __init__(self, plan: Plan, local: Pair) -> None:
-        self.plan, self.local = plan, local
-        self.incoming: _Incoming | None = None
-
-    def __iter__(self) -> Iterator[tuple[int, Step, Pair]]:
-        held, steps = self.local, self.plan.steps
-        last = {t.of: number for number, step in enumerate(steps) for t in step.sends}
-        kept = {0: self.local}
-        for number, step in enumerate(steps):
-            if self.incoming is not None:
-                held = self.incoming.wait()
-                self.incoming = None
-            if number in last:
-                kept[number] = held
-            if number + 1 < len(steps):
-                self.incoming = _Incoming(self.plan, number + 1, kept)
-                kept = {of: pair for of, pair in kept.items() if last.get(of, 0) > number + 1}
-                kept[0] = self.local
-            yield number, step, held
-            self.post()
-
-    def post(self) -> None:
-        """The step's first kernel is launched: the next K/V may be on its way."""
-        if self.incoming is not None:
-            self.incoming.post()
-
-
-class _Incoming:
-    """K/V of one step: allocated at once; packed and posted, on a GPU, when it is told.
+class _Walk:
+    """Each step's number, the step and its K/V; meanwhile, the next exchange is under way.
 
     Args:
-        kept: the buffers that it is sent from, by step.
+        local: K/V of this rank. returns: in the backward, where dK/dV go.
     """
 
-    def __init__(self, plan: Plan, number: int, kept: Mapping[int, Pair]) -> None:
-        self.comm, self.number, self.step = _comm(plan), number, plan.steps[number]
-        self.like, self.block_size = kept[0], plan.layout.block_size
-        self.sources = [kept[t.of] for t in self.step.sends]
-        self.messages = [new_message(t, self.like, self.block_size) for t in self.step.receives]
-        self.sends = [new_message(t, self.like, self.block_size) for t in self.step.sends]
+    def __init__(self, plan: Plan, local: Pair, returns: _Returns | None = None) -> None:
+        self.plan, self.local, self.returns = plan, local, returns
+        self.kept = {0: local}  # K/V that is still to be sent, by step
+        self.last = {t.of: number for number, step in enumerate(plan.steps) for t in step.sends}
+        self.number = -1
+        self.arriving: Messages | None = None
         self.exchange: Exchange | None = None
-        self.ready = self.comm.ready()  # before this the messages' memory may be in other use
-        if self.ready is None:
-            self.post()
 
-    def post(self) -> None:
-        if self.exchange is None:
-            with self.comm.aside(self.ready):
-                for transfer, source, message in zip(
-                    self.step.sends, self.sources, self.sends, strict=True
-                ):
-                    pack(transfer, source, message, self.block_size)
-            self.exchange = _exchange(
-                self.comm, self.step.sends, self.sends, self.step.receives, self.messages,
-                self.ready, "K/V", self.number,
-            )  # fmt: skip
+    def __iter__(self) -> Iterator[tuple[int, Step, Pair]]:
+        for number, step in enumerate(self.plan.steps):
+            held = self.local
+            self.wait()
+            if self.arriving is not None:
+                held = self.arriving.unpack(self.local, step.width)
+            if number in self.last:
+                self.kept[number] = held
+            self.number = number
+            self._post()
+            yield number, step, held
+            self.number += 1
 
-    def wait(self) -> Pair:
-        assert self.exchange is not None
-        self.exchange.wait()
-        step = self.step
-        return unpack(step.receives, self.messages, self.like, step.width, self.block_size)
+    def wait(self) -> None:
+        """What was posted is here."""
+        if self.exchange is not None:
+            self.exchange.wait()
+            self.exchange = None
+
+    def post_last(self) -> None:
+        """The last step's dK/dV, if they have not left."""
+        if self.returns is not None and self.returns.waiting:
+            self.wait()
+            self._post()
+
+    def _post(self) -> None:
+        """The exchange beside the step that is next, if there is anything to exchange."""
+        steps, number = self.plan.steps, self.number
+        sends: list[tuple[int, Tensor]] = []
+        receives: list[tuple[int, Tensor]] = []
+        names = []
+        if number + 1 < len(steps):
+            step = steps[number + 1]
+            block_size = self.plan.layout.block_size
+            self.arriving = Messages(step.receives, self.local, block_size)
+            leaving = Messages(step.sends, self.local, block_size)
+            leaving.pack(self.kept)
+            sends += leaving.to_peers
+            receives += self.arriving.to_peers
+            names.append("K/V")
+            self.kept = {of: x for of, x in self.kept.items() if self.last.get(of, 0) > number + 1}
+            self.kept[0] = self.local
+        else:
+            self.arriving = None
+        if self.returns is not None:
+            self.returns.settle()
+        if self.returns is not None and self.returns.waiting:
+            leaving, coming = self.returns.leave()
+            sends += leaving.to_peers
+            receives += coming.to_peers
+            names.append("dK/dV")
+        if sends or receives:
+            self.exchange = _comm(self.plan).exchange(
+                sends, receives, name=", ".join(names), step=number
+            )
 
 
 class _Returns:
     """dK/dV on their way: what an exchange brings is added where it belongs one step later. Those
-    of a relay are kept until all that it collects are added, and leave with a later step's."""
+    of a relay are kept until all that it collects are added, and leave with a later step's.
 
-    def __init__(self, plan: Plan, home: Pair, lanes: Lanes) -> None:
-        self.plan, self.home, self.lanes = plan, home, lanes
+    Attributes:
+        waiting: a step's dK/dV, or what others return meanwhile, are to be exchanged next.
+    """
+
+    def __init__(self, plan: Plan, home: Pair, lanes: Lanes, options: KernelOptions) -> None:
+        self.plan, self.lanes = plan, lanes
+        self.dtype = options.gradient_dtype or compute_dtype(home.k.dtype)
         # Of each step that collects for others, the last one that its dK/dV leave with.
         self.last = {
             t.of: number
@@ -251,127 +264,64 @@ class _Returns:
             for t in step.returns
             if t.of < number
         }
-        self.kept: dict[int, Pair] = {}  # dK/dV of relays
-        self.sent: _Return | None = None
+        self.kept = {0: home}  # the local dK/dV and those of relays, by step
+        self.number = 0
+        self.own: Messages | None = None
+        self.made: Pair | None = None  # to be packed
+        self.coming: Messages | None = None
+        self.packed = self.waiting = False
 
-    def of(self, number: int, step: Step, held: Pair, options: KernelOptions) -> _Return:
-        return _Return(self.plan, number, step, held, options, relays=number in self.last)
+    def of(self, number: int, step: Step, held: Pair) -> Pair | None:
+        """Where the kernel leaves a step's dK/dV, if there are any. If one message takes all, that
+        is the message, but for a relay: others' are added to its gradients."""
+        self.number, self.waiting = number, bool(step.returns or step.collects)
+        self.own, self.made = Messages(step.returns, held, self._block_size, self.dtype), None
+        relays = number in self.last
+        fills = self.own.is_buffer and step.returns[0].of == number
+        self.packed = fills and not relays and step.returns[0].count == step.width
+        if self.packed:
+            return self.own.unpack(held, step.width)
+        if relays or step.mask is not None:
+            self.made = _new(held, compute_dtype(held.k.dtype))
+            if step.mask is None:
+                _zero(self.made)
+            if relays:
+                self.kept[number] = self.made
+        return self.made
 
-    def submit(self, back: _Return) -> None:
-        """Its kernel is launched, and what was sent before is added."""
-        if back.number in self.last:
-            assert back.gradients is not None
-            self.kept[back.number] = back.gradients
-        if any(t.of < back.number for t in back.step.returns):
-            back.seal()  # they were added to since
-        back.post(self.kept)
-        self.sent = back
-        self.kept = {n: pair for n, pair in self.kept.items() if self.last[n] > back.number}
+    def leave(self) -> tuple[Messages, Messages]:
+        """What to send and what to receive: the kernel is launched that computes them, and what
+        came before is added."""
+        own, self.waiting = self.own, False
+        assert own is not None
+        if not self.packed:
+            own.pack(self.kept if self.made is None else {**self.kept, self.number: self.made})
+        self.made = self.own = None
+        self.kept = {n: x for n, x in self.kept.items() if n == 0 or self.last[n] > self.number}
+        home = self.kept[0]
+        collects = self.plan.steps[self.number].collects
+        self.coming = Messages(collects, home, self._block_size, self.dtype)
+        return own, self.coming
 
     def settle(self) -> None:
-        """Adds what was sent before."""
-        if self.sent is not None:
-            if any(t.of == 0 for t in self.sent.step.collects):
+        """Adds what came in."""
+        if self.coming is not None:
+            if any(t.of == 0 for t in self.coming.transfers):
                 self.lanes.meet()
-            self.sent.add_to({0: self.home, **self.kept})
-            self.sent = None
+            self.coming.add_to(self.kept)
+            self.coming = None
 
     def all_added(self, dtype: torch.dtype) -> Pair:
         """Of the local K/V, in `dtype`."""
-        if self.sent is None:
-            return self.home
+        home = self.kept[0]
         self.lanes.meet()
-        return self.sent.added_to(self.home, dtype)
+        if self.coming is None:
+            return Pair(*(x.to(dtype) for x in home))
+        return self.coming.added_to(home, dtype)
 
-
-class _Return:
-    """An exchange of dK/dV: those of one step, perhaps relayed ones of an earlier step, and those
-    that come in.
-
-    Attributes:
-        gradients: where the kernel leaves the step's, if there are any. If one message takes all,
-            that is the message, but for a relay: others' are added to its gradients.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        number: int,
-        step: Step,
-        held: Pair,
-        options: KernelOptions,
-        *,
-        relays: bool,
-    ) -> None:
-        self.comm, self.number, self.step = _comm(plan), number, step
-        self.block_size = plan.layout.block_size
-        dtype = options.gradient_dtype or compute_dtype(held.k.dtype)
-        self.sends = [new_message(t, held, self.block_size, dtype) for t in step.returns]
-        own = [t for t in step.returns if t.of == number]
-        self.packed = (
-            not relays and len(step.returns) == len(own) == 1
-            and len(own[0].blocks) == 1 and own[0].count == step.width
-        )  # fmt: skip
-        self.gradients: Pair | None = None
-        if self.packed:
-            self.gradients = unpack(step.returns, self.sends, held, step.width, self.block_size)
-        elif relays or step.mask is not None:
-            self.gradients = _new(held, compute_dtype(held.k.dtype))
-            if step.mask is None:
-                _zero(self.gradients)
-        self.messages = [new_message(t, held, self.block_size, dtype) for t in step.collects]
-        self.sources: list[Pair] = []
-        self.ready: torch.cuda.Event | None = None
-        self.exchange: Exchange | None = None
-
-    def seal(self) -> None:
-        """The kernel that computes them is launched."""
-        self.ready = self.comm.ready()
-
-    def post(self, kept: Mapping[int, Pair]) -> None:
-        """Sends them, and those of earlier steps."""
-        if not self.packed:
-            made = kept if self.gradients is None else {**kept, self.number: self.gradients}
-            self.sources = [made[t.of] for t in self.step.returns]  # alive until they are packed
-            with self.comm.aside(self.ready):
-                for transfer, source, message in zip(
-                    self.step.returns, self.sources, self.sends, strict=True
-                ):
-                    pack(transfer, source, message, self.block_size)
-        self.exchange = _exchange(
-            self.comm, self.step.returns, self.sends, self.step.collects, self.messages,
-            self.ready, "dK/dV", self.number,
-        )  # fmt: skip
-
-    def add_to(self, gradients: Mapping[int, Pair]) -> None:
-        """Adds what came in, by the step that it is of."""
-        assert self.exchange is not None
-        self.exchange.wait()
-        for transfer, message in zip(self.step.collects, self.messages, strict=True):
-            add(transfer, message, gradients[transfer.of], self.block_size)
-
-    def added_to(self, home: Pair, dtype: torch.dtype) -> Pair:
-        """`home` and what came home, in `dtype`."""
-        assert self.exchange is not None and all(t.of == 0 for t in self.step.collects)
-        self.exchange.wait()
-        return add_all(self.step.collects, self.messages, home, self.block_size, dtype)
-
-
-def _exchange(
-    comm: Communicator,
-    to: Sequence[Transfer],
-    sends: Sequence[Tensor],
-    of: Sequence[Transfer],
-    receives: Sequence[Tensor],
-    ready: torch.cuda.Event | None,
-    name: str,
-    step: int,
-) -> Exchange:
-    return comm.exchange(
-        [(t.peer, x) for t, x in zip(to, sends, strict=True)],
-        [(t.peer, x) for t, x in zip(of, receives, strict=True)],
-        ready, name=name, step=step,
-    )  # fmt: skip
+    @property
+    def _block_size(self) -> int:
+        return self.plan.layout.block_size
 
 
 def _comm(plan: Plan) -> Communicator:

@@ -8,10 +8,13 @@ Every mask, every score and every head dim, then 500 random cases of few enough 
 compile in a minute: no mask or score of those has a number in it that differs from case to case.
 """
 
+import faulthandler
 import random
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from unittest import mock
 
 import torch
 
@@ -96,7 +99,7 @@ def check(case: Case, strategy: str) -> None:
             p.mask, case.seq_len, 2, B=case.B, H=case.Hq, layout=layout, strategy=strategy,
             block_size=case.block_size,
         )  # fmt: skip
-        found = run_ranks(plans, hopper_kernel, p.q, p.k, p.v, p.dout, p.score, late=True)
+        found = run_ranks(plans, hopper_kernel, p.q, p.k, p.v, p.dout, p.score)
     else:
         mask = rf.create_block_mask(p.mask, case.B, case.Hq, case.seq_len, case.seq_len)
         found = attend(p, mask, backend="hopper")
@@ -131,6 +134,14 @@ def launches(count: int = 10_000) -> None:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # there are many such processes
+    faulthandler.dump_traceback_later(300, exit=True)
+    # The backward of few tiles is also this kernel's here.
+    with mock.patch.object(hopper_kernel, "_FEW", 0.0):
+        chosen_cases()
+
+
+def chosen_cases() -> None:
     if sys.argv[1] == "launches":
         launches()
         return
@@ -140,7 +151,8 @@ def main() -> None:
         share, of = sys.argv[1], int(sys.argv[2])
         chosen = list(groups())[int(share) :: of]
     failed = count = 0
-    for group in chosen:
+    started = time.monotonic()
+    for number, group in enumerate(chosen):
         for case, strategy in group:
             count += 1
             try:
@@ -148,6 +160,8 @@ def main() -> None:
             except Exception as error:
                 failed += 1
                 print(f"FAILED {case} {strategy}: {type(error).__name__} {error}"[:600], flush=True)
+        seconds = time.monotonic() - started
+        print(f"share {share}: {number + 1} of {len(chosen)} groups, {seconds:.0f} s", flush=True)
     print(f"share {share}: {count} cases, {failed} failed", flush=True)
     sys.exit(failed > 0)
 

@@ -60,7 +60,7 @@ def simulate(kind: int) -> None:
             p.mask, case.seq_len, 2, B=case.B, H=case.Hq,
             layout=layout, strategy=strategy, block_size=case.block_size,
         )  # fmt: skip
-        found = run_ranks(plans, triton_kernel, p.q, p.k, p.v, p.dout, p.score, late=True)
+        found = run_ranks(plans, triton_kernel, p.q, p.k, p.v, p.dout, p.score)
         assert_equals_reference(case, found, f"{layout} {strategy}")
     print(f"simulated ranks agree with fp64: {KINDS[kind]}", flush=True)
 

@@ -35,7 +35,6 @@ def simulate(
     kernel: ModuleType = eager,
     layout: str = "zigzag",
     strategy: str = "ring",
-    late: bool = False,
     options: KernelOptions | None = None,
     machine: rf.Machine | None = None,
 ) -> Reference:
@@ -44,9 +43,7 @@ def simulate(
         p.mask, case.seq_len, world_size, B=case.B, H=case.Hq,
         layout=layout, strategy=strategy, block_size=case.block_size, machine=machine,
     )  # fmt: skip
-    return run_ranks(
-        plans, kernel, p.q, p.k, p.v, p.dout, p.score, sinks=p.sinks, late=late, options=options
-    )
+    return run_ranks(plans, kernel, p.q, p.k, p.v, p.dout, p.score, sinks=p.sinks, options=options)
 
 
 def without_sinks(found: Reference) -> dict[str, Tensor]:
@@ -57,9 +54,8 @@ def without_sinks(found: Reference) -> dict[str, Tensor]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world_size", [2, 5, 16])
 def test_simulated_ranks_are_exact(layout: str, strategy: str, world_size: int) -> None:
-    """In fp64, and posting as late as a GPU does: what was packed is what is sent."""
     case = Case(mask="document rows", score="relative", sinks=True, seq_len=150)
-    found = without_sinks(simulate(case, world_size, layout=layout, strategy=strategy, late=True))
+    found = without_sinks(simulate(case, world_size, layout=layout, strategy=strategy))
     exact = tensors(reference(case))
     allowed = fp64_tolerance(case)
     del allowed["dsinks"]  # autograd's part
@@ -68,12 +64,11 @@ def test_simulated_ranks_are_exact(layout: str, strategy: str, world_size: int) 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "nested"])
 @pytest.mark.parametrize(("nodes", "per_node"), [(2, 2), (2, 3), (4, 4), (5, 1), (1, 4)])
-@pytest.mark.parametrize("late", [False, True])
-def test_simulated_nodes_are_exact(layout: str, nodes: int, per_node: int, late: bool) -> None:
+def test_simulated_nodes_are_exact(layout: str, nodes: int, per_node: int) -> None:
     case = Case(mask="document rows", score="relative", seq_len=150)
     machine = rf.Machine(gpus_per_node=per_node)
     found = simulate(
-        case, nodes * per_node, layout=layout, strategy="hierarchical", late=late, machine=machine
+        case, nodes * per_node, layout=layout, strategy="hierarchical", machine=machine
     )
     exact = tensors(reference(case))
     deviations = {name: deviation(x, exact[name]) for name, x in without_sinks(found).items()}
@@ -119,9 +114,7 @@ def test_triton_with_its_passes_apart(options: dict[str, object], world_size: in
         mask="causal documents", score="alibi", sinks=True, seq_len=90, B=1, Hq=2, Hkv=1,
         D=16, Dv=16, block_size=16, dtype=torch.float16 if NATIVE else torch.float32,
     )  # fmt: skip
-    found = simulate(
-        case, world_size, triton_kernel, late=True, options=KernelOptions.of(dict(options))
-    )
+    found = simulate(case, world_size, triton_kernel, options=KernelOptions.of(dict(options)))
     exact = reference(case)
     for name, x in without_sinks(found).items():
         want = tensors(exact)[name]

@@ -1,6 +1,6 @@
 """Blocks into messages and back, by torch and by Triton."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from unittest import mock
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 
 from attention_cases import DEVICE
 from ringflex.parallel import packing
-from ringflex.parallel.packing import Pair, add, new_message, pack, unpack
+from ringflex.parallel.packing import Messages, Pair
 from ringflex.parallel.steps import Transfer
 
 BLOCK = 16
@@ -28,8 +28,8 @@ def by(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def transfer(name: str, peer: int = 1) -> Transfer:
-    return Transfer(peer, tuple(np.array(blocks, dtype=np.int64) for blocks in CHOSEN[name]))
+def transfer(*blocks: Sequence[int], peer: int = 1, of: int = 0) -> Transfer:
+    return Transfer(peer, tuple(np.array(chosen, dtype=np.int64) for chosen in blocks), of)
 
 
 def pair(dtype: torch.dtype = torch.float32, B: int = 3, blocks: int = 5) -> Pair:
@@ -38,51 +38,85 @@ def pair(dtype: torch.dtype = torch.float32, B: int = 3, blocks: int = 5) -> Pai
     return Pair(make(24), make(7))
 
 
-def places(name: str, pair: Pair) -> list[tuple[torch.Tensor, list[int]]]:
-    """Each tensor's blocks by batch element group, and which of them are chosen."""
-    return [
-        (part, chosen)
-        for x in pair
-        for part, chosen in zip(
-            x.unflatten(2, (-1, BLOCK)).chunk(len(CHOSEN[name])), CHOSEN[name], strict=True
-        )
-    ]
+def blocks_of(x: torch.Tensor, groups: int) -> Sequence[torch.Tensor]:
+    return x.unflatten(2, (-1, BLOCK)).chunk(groups)
 
 
 @pytest.mark.parametrize("name", CHOSEN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_message_holds_the_blocks(by: None, name: str, dtype: torch.dtype) -> None:
-    source = pair()
-    message = new_message(transfer(name), source, BLOCK, dtype)
-    pack(transfer(name), source, message, BLOCK)
-    wanted = [part[:, :, chosen].reshape(-1) for part, chosen in places(name, source)]
-    assert torch.equal(message, torch.cat(wanted).to(dtype))
+def test_messages_hold_the_blocks(by: None, name: str, dtype: torch.dtype) -> None:
+    source, other = pair(), pair(blocks=4)
+    groups = len(CHOSEN[name])
+    moved = [transfer(*CHOSEN[name]), transfer(*[[3]] * groups, peer=2, of=1)]
+    messages = Messages(moved, source, BLOCK, dtype)
+    messages.pack({0: source, 1: other})
+    for t, (peer, message), x in zip(moved, messages.to_peers, (source, other), strict=True):
+        wanted = [
+            part[:, :, chosen].reshape(-1)
+            for y in x
+            for part, chosen in zip(blocks_of(y, groups), t.blocks, strict=True)
+        ]
+        assert peer == t.peer
+        assert torch.equal(message, torch.cat(wanted).to(dtype))
+
+
+def sum_of(
+    target: Pair, moved: Sequence[Transfer], source: Pair, of: int, dtype: torch.dtype
+) -> Pair:
+    """`target` and the source's blocks, transfer by transfer."""
+    total = Pair(*(x.clone() for x in target))
+    for t in (t for t in moved if t.of == of):
+        for x, given in zip(total, source, strict=True):
+            parts = zip(blocks_of(x, len(t.blocks)), blocks_of(given, len(t.blocks)), strict=True)
+            for (part, addend), chosen in zip(parts, t.blocks, strict=True):
+                part[:, :, chosen] += addend[:, :, chosen].to(dtype).float()
+    return total
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_messages_are_added(by: None, name: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_messages_are_added(by: None, name: str, dtype: torch.dtype) -> None:
+    """Those of two peers at the same blocks, and those of another step elsewhere."""
+    source, groups = pair(), len(CHOSEN[name])
+    moved = [
+        transfer(*CHOSEN[name]),
+        transfer(*[[3]] * groups, peer=2),
+        transfer(*[[0, 3]] * groups, peer=2, of=2),
+    ]
+    messages = Messages(moved, source, BLOCK, dtype)
+    messages.pack({0: source, 2: source})
+    targets = {0: pair(), 2: pair()}
+    expected = {of: sum_of(x, moved, source, of, dtype) for of, x in targets.items()}
+    messages.add_to(targets)
+    for of, total in expected.items():
+        for x, y in zip(targets[of], total, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_messages_are_added_and_rounded_at_once(by: None, name: str) -> None:
     source, target = pair(), pair()
-    expected = Pair(*(x.clone() for x in target))
-    message = new_message(transfer(name), source, BLOCK, torch.float16)
-    pack(transfer(name), source, message, BLOCK)
-    add(transfer(name), message, target, BLOCK)
-    for (part, chosen), (given, _) in zip(
-        places(name, expected), places(name, source), strict=True
-    ):
-        part[:, :, chosen] += given[:, :, chosen].half().float()
-    for x, y in zip(target, expected, strict=True):
-        assert torch.equal(x, y)
+    moved = [transfer(*CHOSEN[name]), transfer(*[[3]] * len(CHOSEN[name]), peer=2)]
+    messages = Messages(moved, source, BLOCK)
+    messages.pack({0: source})
+    total = sum_of(target, moved, source, 0, torch.float32)
+    for x, y in zip(messages.added_to(target, torch.float16), total, strict=True):
+        assert torch.equal(x, y.half())
+
+
+def test_no_messages_are_added(by: None) -> None:
+    target = pair()
+    for x, y in zip(Messages([], target, BLOCK).added_to(target, torch.float16), target):
+        assert torch.equal(x, y.half())
 
 
 def test_messages_of_several_peers_make_a_buffer(by: None) -> None:
     """Blocks that none of them brings are zero."""
     source = pair()
-    transfers = [transfer("scattered"), Transfer(2, (np.array([4]),))]
-    messages = [new_message(t, source, BLOCK) for t in transfers]
-    for t, message in zip(transfers, messages, strict=True):
-        pack(t, source, message, BLOCK)
-    buffer = unpack(transfers, messages, source, 5, BLOCK)
-    for x, original in zip(buffer, source, strict=True):
+    moved = [transfer(CHOSEN["scattered"][0]), transfer([4], peer=2)]
+    messages = Messages(moved, source, BLOCK)
+    messages.pack({0: source})
+    for x, original in zip(messages.unpack(source, 5), source, strict=True):
         expected = original.unflatten(2, (-1, BLOCK)).clone()
         expected[:, :, 1] = 0
         assert torch.equal(x, expected.flatten(2, 3))
@@ -90,9 +124,9 @@ def test_messages_of_several_peers_make_a_buffer(by: None) -> None:
 
 def test_one_message_is_the_buffer() -> None:
     source = pair()
-    message = new_message(transfer("scattered"), source, BLOCK)
-    pack(transfer("scattered"), source, message, BLOCK)
-    buffer = unpack([transfer("scattered")], [message], source, 3, BLOCK)
-    assert buffer.k.data_ptr() == message.data_ptr()
+    messages = Messages([transfer([0, 2, 3])], source, BLOCK)
+    messages.pack({0: source})
+    buffer = messages.unpack(source, 3)
+    assert buffer.k.data_ptr() == messages.parts[0].data_ptr()
     blocks = buffer.k.unflatten(2, (-1, BLOCK))
     assert torch.equal(blocks, source.k.unflatten(2, (-1, BLOCK))[:, :, [0, 2, 3]])
