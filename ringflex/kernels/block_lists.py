@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ringflex.kernels.device_arrays import to_device
+from ringflex.kernels.stages import Stage
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array, Runs
 
@@ -26,8 +27,9 @@ class BlockLists(NamedTuple):
         runs: `[runs + 2, 2]`: first block and end; two more are never visited, but read ahead.
         order: `[groups, blocks]`: rows by falling work, so that the longest start first.
         blocks: rows per group; a group is a batch element and head that the mask distinguishes.
+        places: how many of a group in `order` there is something to do for; the first.
         any_partial: whether there is any partial block.
-        work: blocks that rows visit, by their place in `order`: float `[blocks]`, the mean of all
+        work: blocks that rows visit, by their place in `order`: float `[places]`, the mean of all
             groups.
         begin_together: whether most rows begin with the same block as the row before.
     """
@@ -36,9 +38,12 @@ class BlockLists(NamedTuple):
     runs: Tensor
     order: Tensor
     blocks: int
+    places: int
     any_partial: bool
     work: Array
     begin_together: bool
+    visited: Array  # blocks of each row, int64 `[groups, blocks]`
+    order_here: Array  # `order`, on the host
 
 
 class Positions(NamedTuple):
@@ -54,12 +59,30 @@ class Positions(NamedTuple):
     kv_in_order: bool
 
 
-def query_lists(mask: BlockMask, device: torch.device) -> BlockLists:
-    """For each block of queries, the K/V blocks that it sees. Kept on the mask."""
+def query_lists(mask: BlockMask, device: torch.device, stage: Stage | None = None) -> BlockLists:
+    """For each block of queries, the K/V blocks that it sees. Kept on the mask.
+
+    stage: without places for the queries that it leaves alone.
+    """
     key = ("query lists", device)
     if key not in mask.cache:
         mask.cache[key] = _lists(mask.full, mask.partial, mask.B * mask.H, device)
-    return mask.cache[key]
+    lists: BlockLists = mask.cache[key]
+    if stage is None:
+        return lists
+    if key not in stage.cache:
+        stage.cache[key] = _without_idle(lists, stage.turns.reshape(-1, lists.blocks) == 0, device)
+    return stage.cache[key]
+
+
+def _without_idle(lists: BlockLists, idle: Array, device: torch.device) -> BlockLists:
+    """idle: rows `[groups, blocks]` that come last, and get no place if they can."""
+    last = np.take_along_axis(idle, lists.order_here, axis=1)
+    order = np.take_along_axis(lists.order_here, np.argsort(last, axis=1, kind="stable"), axis=1)
+    places = int((~idle).sum(axis=1).max())
+    work = np.take_along_axis(np.where(idle, 0, lists.visited), order, axis=1)
+    work = work[:, :places].mean(axis=0)
+    return lists._replace(order=_to(order, device), places=places, work=work, order_here=order)
 
 
 def key_lists(
@@ -111,9 +134,9 @@ def _lists(
     work = per_row.reshape(-1, together, blocks).sum(axis=1)
     order = np.argsort(-work, axis=1, kind="stable")
     return BlockLists(
-        _to(rows, device), _to(runs, device), _to(order, device), blocks, bool(counts[0].any()),
-        np.take_along_axis(work, order, axis=1).mean(axis=0) / together,
-        _begin_together(full, partial),
+        _to(rows, device), _to(runs, device), _to(order, device), blocks, blocks,
+        bool(counts[0].any()), np.take_along_axis(work, order, axis=1).mean(axis=0) / together,
+        _begin_together(full, partial), per_row.reshape(groups, blocks), order,
     )  # fmt: skip
 
 

@@ -37,6 +37,8 @@ from ringflex.masks.trace import TracedMod
 _SCORES_IN_FLIGHT = {"cpu": 1 << 20, "cuda": 1 << 26}
 _ELEMENTS_KEPT = 1 << 26  # of a mask evaluated in partial blocks, one byte each
 
+may_overlap = False  # see `contract`
+
 
 class RowTerms(NamedTuple):
     """lse and `delta = dout . out - dlse`, `[B, Hq, q_len]`, in the compute dtype."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ringflex.kernels import triton_kernel
@@ -41,8 +40,9 @@ from ringflex.kernels.triton_setup import Setup, alignment, describable, strided
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.trace import TracedMod
 
-__all__ = ["backward", "forward", "has_separate_passes", "row_terms"]
+__all__ = ["backward", "forward", "has_separate_passes", "may_overlap", "row_terms"]
 
+may_overlap = True  # see `contract`
 _STAYS = 128  # queries of a forward tile, keys of a backward tile
 _GROUP = 64  # of them, to a warpgroup
 _REGISTERS = (240, 24)  # per thread of the consumers and the producer
@@ -76,20 +76,20 @@ def forward(
         score_function = unchanged
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_n = 128 if max(D, Dv) <= 128 else 64
-    key = ("hopper forward", kind_of(mod), score_function, merge.key, beside)
+    key = ("hopper forward", kind_of(mod), score_function, merge.key, stage, beside)
     ready = setup.prepared.get(key)
     if ready is None:
-        lists = query_lists(mask, q.device)
+        lists = query_lists(mask, q.device, stage)
         tiles_m, tiles_n = mask.block_size[0] // _STAYS, mask.block_size[1] // block_n
         heads = setup.batch * setup.heads
         stages = 4 if max(D, Dv) <= 64 else 2
-        programs, quota = programs_and_quota(heads * lists.blocks * tiles_m, q.device, beside)
+        programs, quota = programs_and_quota(heads * lists.places * tiles_m, q.device, beside)
         ready = Prepared(
             hopper_forward_kernel,
             (programs, 1, 1),
             (
                 *setup.query_lists(lists, stage), setup.mask_mod.tables,
-                setup.lengths[0], *setup.lengths[2:], setup.heads, setup.group, lists.blocks,
+                setup.lengths[0], *setup.lengths[2:], setup.heads, setup.group, lists.places,
                 *setup.row_strides(lists), setup.kv_stride,
                 setup.group, heads, leading_tiles(lists, tiles_m, heads, q.device), quota,
             ),
@@ -139,7 +139,9 @@ def backward(
     few = few and q.device.type == "cuda"  # not when compiling
     many = terms.delta.numel() >= 2**31  # row terms, whose places are counted in 32 bits
     if few or many or not setup.describable or alignment(q, k, v, dout):
-        _portable_backward(dout, q, k, v, terms, mask, score, scale, g, options)
+        if g.running_q is not None:  # which is added to, as it may be by other calls meanwhile
+            options = replace(options, backward="one_pass")
+        triton_kernel.backward(dout, q, k, v, terms, mask, score, scale, g, options)
         return
     mod = score_mod(score, q.device, options)
     wanted = () if mod is None else mod.wanted([d is not None for d in g.dcaptures])
@@ -190,28 +192,6 @@ def backward(
     if mod is not None and any(wanted):
         sums = iter(total for total, _ in pairs)
         mod.add_to_captures([next(sums) if want else None for want in wanted], g.dcaptures)
-
-
-def _portable_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    terms: RowTerms,
-    mask: BlockMask,
-    score: TracedMod | None,
-    scale: float,
-    g: Gradients,
-    options: KernelOptions,
-) -> None:
-    """By the kernels of two passes, which do not add up dQ without a stage."""
-    running = g.running_q if g.stage is None else None
-    if running is not None:
-        part = torch.empty_like(running)
-        g = replace(g, dq=part, running_q=None)
-    triton_kernel.backward(dout, q, k, v, terms, mask, score, scale, g, options)
-    if running is not None:
-        running.add_(part)
 
 
 def _by_hand(options: KernelOptions) -> bool:

@@ -32,6 +32,8 @@ from ringflex.kernels.triton_setup import (
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.trace import TracedMod
 
+may_overlap = True  # see `contract`
+
 
 class RowTerms(NamedTuple):
     """`[B, Hq, padded length]`, fp32: lse in base 2 (inf where nothing is seen), and delta."""
@@ -64,7 +66,7 @@ def forward(
     score_function = None if mod is None else mod.function()
     if mod is None and scale <= 0:  # the kernel takes a positive scale out of the maximum
         score_function = unchanged
-    key = ("forward", kind_of(mod), score_function, starts, merge.key)
+    key = ("forward", kind_of(mod), score_function, starts, merge.key, stage)
 
     def arguments(tile: Tile) -> tuple[Any, ...]:
         return (
@@ -75,13 +77,13 @@ def forward(
         )  # fmt: skip
 
     def prepare(tile: Tile) -> Prepared:
-        lists = query_lists(mask, q.device)
+        lists = query_lists(mask, q.device, stage)
         return Prepared(
             forward_kernel,
-            (setup.batch * setup.heads * lists.blocks * (mask.block_size[0] // tile.block_m), 1, 1),
+            (setup.batch * setup.heads * lists.places * (mask.block_size[0] // tile.block_m), 1, 1),
             (
                 *setup.query_lists(lists, stage), setup.mask_mod.tables, *setup.lengths,
-                setup.heads, setup.group, lists.blocks, *setup.row_strides(lists), setup.kv_stride,
+                setup.heads, setup.group, lists.places, *setup.row_strides(lists), setup.kv_stride,
             ),
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
@@ -288,14 +290,14 @@ class _Backward:
             )  # fmt: skip
 
         def prepare(tile: Tile) -> Prepared:
-            lists = query_lists(mask, self.q.device)
-            tiles = lists.blocks * (mask.block_size[0] // tile.block_m)
+            lists = query_lists(mask, self.q.device, stage)
+            tiles = lists.places * (mask.block_size[0] // tile.block_m)
             return Prepared(
                 query_kernel,
                 (setup.batch * setup.heads * tiles, 1, 1),
                 (
                     *setup.query_lists(lists, stage), setup.mask_mod.tables, *setup.lengths,
-                    self.terms.delta.shape[2], setup.heads, setup.group, lists.blocks,
+                    self.terms.delta.shape[2], setup.heads, setup.group, lists.places,
                     *setup.row_strides(lists), setup.kv_stride,
                 ),
                 (

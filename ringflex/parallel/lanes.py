@@ -1,10 +1,10 @@
-"""Two streams of a GPU for one backward, so that no kernel's end leaves the GPU half empty.
+"""Two streams of a GPU for one call, so that no kernel's end leaves the GPU half empty.
 
 The last programs of a kernel end one by one, and the next kernel on the stream, which waits for
 all of them, finds room that nothing used: with documents or a window of few thousand tokens that is
 a tenth of the time. What others wait for runs *ahead*, on a stream of high priority. What nobody
-waits for, the local dK/dV, is left *behind* on the program's own stream, to run wherever there is
-room.
+waits for is left *behind* on the program's own stream, to run wherever there is room: queries that
+see local K/V only, and local dK/dV.
 """
 
 from __future__ import annotations
@@ -40,16 +40,32 @@ class Lanes:
         finally:
             self._own.wait_stream(stream)
 
+    def mark(self) -> torch.cuda.Event | None:
+        """Inside `ahead`: a point in time; None on a CPU."""
+        return None if self._own is None else torch.cuda.current_stream().record_event()
+
     @contextmanager
-    def behind(self) -> Iterator[None]:
-        """Inside `ahead`, for once: what is launched inside waits for nothing of `ahead`, so it
-        must use nothing of that."""
+    def behind(self, after: torch.cuda.Event | None) -> Iterator[None]:
+        """Inside `ahead`, for once: what is launched inside waits for nothing of `ahead` that came
+        later than `after`, so it must use nothing of that."""
         if self._own is None:
             yield
             return
+        assert after is not None
+        self._own.wait_event(after)
         with torch.cuda.stream(self._own):
             yield
         self._left = self._own.record_event()
+
+    @property
+    def two(self) -> bool:
+        """Whether there are two."""
+        return self._own is not None
+
+    @property
+    def meeting(self) -> bool:
+        """Whether something was left behind that `meet` would wait for."""
+        return self._left is not None
 
     def meet(self) -> None:
         """What was left behind is done for what is launched ahead from now on."""

@@ -104,9 +104,12 @@ class Messages:
         return len(self.transfers) == self.groups == 1
 
     def add_to(self, targets: Mapping[int, Pair]) -> None:
-        """Adds their blocks to tensors, by the step that a transfer is of, one after the other."""
+        """Adds their blocks to tensors, by the step that a transfer is of, one after the other;
+        where there is none of a step, nothing."""
         for of in self._steps():
-            target = targets[of]
+            target = targets.get(of)
+            if target is None:
+                continue
             if _in_triton(target):
                 self._sum(of, target, target)
                 continue

@@ -9,6 +9,7 @@ where the kernel is deterministic.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, compute_dtype
+from ringflex.kernels.stages import Stage
 from ringflex.masks.trace import TracedMod
 from ringflex.parallel.comm import Communicator, Exchange
 from ringflex.parallel.lanes import Lanes
@@ -37,7 +39,10 @@ def forward(
     after: Partial,
     options: KernelOptions,
 ) -> None:
-    """Attention over all K/V of the plan, merged with `before`, to `after`; see the contract."""
+    """Attention over all K/V of the plan, merged with `before`, to `after`; see the contract.
+
+    On a GPU, queries that see local K/V only are left behind the rest (see `lanes`).
+    """
     assert after.out is not None
     computed = sum(step.mask is not None for step in plan.steps)
     running = None
@@ -53,13 +58,27 @@ def forward(
             torch.empty_like(after.lse, dtype=torch.float64),
         )
     beside = len(plan.steps) > 1
-    for number, step, held in _Walk(plan, Pair(k, v)):
-        if step.mask is not None:
-            with computing("forward", number):
-                kernel.forward(
-                    q, *held, step.mask, score, scale, before, after, options, step.stage, running,
-                    beside,
-                )  # fmt: skip
+
+    def run(number: int, held: Pair, stage: Stage | None, track: str = "compute") -> None:
+        mask = plan.steps[number].mask
+        assert mask is not None
+        with computing("forward", number, track):
+            kernel.forward(
+                q, *held, mask, score, scale, before, after, options, stage, running, beside
+            )
+
+    lanes = Lanes(q.device)
+    local = plan.steps[0].stage
+    parts = None if local is None or not (lanes.two and kernel.may_overlap) else local.parts
+    with nullcontext() if parts is None else lanes.ahead():
+        for number, step, held in _Walk(plan, Pair(k, v)):
+            if number == 0 and parts is not None:
+                start = lanes.mark()
+                run(0, held, parts[0])
+                with lanes.behind(start):
+                    run(0, held, parts[1], "behind")
+            elif step.mask is not None:
+                run(number, held, step.stage)
 
 
 def backward(
@@ -77,13 +96,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the local q, k, v, in their dtypes; adds into `dcaptures`.
 
-    A kernel that computes dQ and dK/dV apart leaves the local dK/dV, for which nothing waits,
-    behind all the rest: on a GPU they fill what room there is beside it (see `lanes`).
+    On a GPU, the local K/V, for whose gradients nothing waits, are left behind the rest (see
+    `lanes`); of a kernel that computes dQ and dK/dV apart, local dK/dV.
     """
     adds = any(t.of == 0 for step in plan.steps for t in step.collects)
     home = _new(Pair(k, v), compute_dtype(k.dtype) if adds else k.dtype)
     apart = kernel.has_separate_passes(q, v, options)
     calls = _Calls(plan, kernel, dout, q, terms, score, scale, dcaptures, options, apart)
+    overlaps = not apart and kernel.may_overlap and not any(d is not None for d in dcaptures)
     lanes = Lanes(q.device)
     with lanes.ahead():
         returns = _Returns(plan, home, lanes, options)
@@ -93,10 +113,12 @@ def backward(
                 if step.mask is None:
                     _zero(home)
                     continue
-                calls.run(0, step, held, None if apart else home, queries=True)
-                if apart:
-                    with lanes.behind():
-                        calls.run(0, step, held, home, queries=False, track="behind")
+                start = lanes.mark()
+                if not overlaps:
+                    calls.run(0, step, held, None if apart else home, queries=True)
+                if apart or overlaps:
+                    with lanes.behind(start):
+                        calls.run(0, step, held, home, queries=not apart, track="behind")
                 continue
             gradients = returns.of(number, step, held)
             if step.mask is not None:
@@ -269,6 +291,7 @@ class _Returns:
         self.own: Messages | None = None
         self.made: Pair | None = None  # to be packed
         self.coming: Messages | None = None
+        self.held: list[Messages] = []  # of the local K/V, to be added in the end
         self.packed = self.waiting = False
 
     def of(self, number: int, step: Step, held: Pair) -> Pair | None:
@@ -304,17 +327,29 @@ class _Returns:
         return own, self.coming
 
     def settle(self) -> None:
-        """Adds what came in."""
-        if self.coming is not None:
-            if any(t.of == 0 for t in self.coming.transfers):
+        """Adds what came in; what is of the local K/V later, while these are left behind, but for
+        more than as many blocks as they are."""
+        coming, self.coming = self.coming, None
+        if coming is None:
+            return
+        coming.add_to({n: x for n, x in self.kept.items() if n})
+        if any(t.of == 0 for t in coming.transfers):
+            self.held.append(coming)
+            blocks = sum(t.count for m in self.held for t in m.transfers if t.of == 0)
+            if not self.lanes.meeting or blocks > self.plan.steps[0].width * coming.groups:
                 self.lanes.meet()
-            self.coming.add_to(self.kept)
-            self.coming = None
+                self._add_held()
+
+    def _add_held(self) -> None:
+        for messages in self.held:
+            messages.add_to({0: self.kept[0]})
+        self.held = []
 
     def all_added(self, dtype: torch.dtype) -> Pair:
         """Of the local K/V, in `dtype`."""
         home = self.kept[0]
         self.lanes.meet()
+        self._add_held()
         if self.coming is None:
             return Pair(*(x.to(dtype) for x in home))
         return self.coming.added_to(home, dtype)

@@ -9,9 +9,11 @@ import torch
 import ringflex as rf
 from attention_cases import DEVICE
 from ringflex.kernels import eager, triton_kernel
+from ringflex.kernels.block_lists import query_lists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial
 from ringflex.kernels.stages import ACTIVE, BEGINS, ENDS, Stage
 
+CPU = torch.device("cpu")
 ALONE = ACTIVE | BEGINS | ENDS
 
 
@@ -45,6 +47,24 @@ def test_what_sees_nothing_ends_with_the_first_step() -> None:
     mask = rf.MaskMod(lambda b, h, q, k: (k < 16) & (q >= 96) & (q < 112) | (q == 64) & (k == 64))
     local, remote = turns(mask, 128, 2, 1)
     assert local == [ALONE, ALONE, 0, ALONE] and remote == [0, 0, ALONE, 0]
+
+
+def test_a_stage_falls_into_what_goes_on_and_what_is_done() -> None:
+    plan = rf.plan_all(
+        rf.causal() & rf.sliding_window(20), 256, 4, layout="contiguous", block_size=16
+    )[1]
+    local, remote = [s.stage for s in plan.steps if s.stage is not None]
+    assert local.parts is not None and remote.parts is None
+    on, done = (part.turns.reshape(-1).tolist() for part in local.parts)
+    assert on == [ACTIVE | BEGINS, ACTIVE | BEGINS, 0, 0]
+    assert done == [0, 0, ALONE, ALONE]
+    mask = plan.steps[0].mask
+    assert mask is not None
+    places = [query_lists(mask, CPU, part) for part in (None, *local.parts)]
+    assert [x.places for x in places] == [4, 2, 2]
+    order = [x.order.reshape(-1)[: x.places].tolist() for x in places]
+    assert order == [[2, 3, 1, 0], [1, 0], [2, 3]]  # longest first
+    assert [x.work.tolist() for x in places] == [[3, 3, 2, 1], [2, 1], [3, 3]]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])

@@ -1,7 +1,8 @@
 """Many ranks, simulated in one process: the error does not grow with their number."""
 
 from dataclasses import replace
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from attention_cases import (
 )
 from ringflex.kernels import eager, triton_kernel
 from ringflex.kernels.contract import KernelOptions
+from ringflex.parallel.lanes import Lanes
 from ringflex.reference import Reference, reference_attention_with_gradients
 from simulated_ranks import run_ranks
 
@@ -32,7 +34,7 @@ KERNELS = {"eager": eager, "triton": triton_kernel}
 def simulate(
     case: Case,
     world_size: int,
-    kernel: ModuleType = eager,
+    kernel: Any = eager,
     layout: str = "zigzag",
     strategy: str = "ring",
     options: KernelOptions | None = None,
@@ -120,6 +122,37 @@ def test_triton_with_its_passes_apart(options: dict[str, object], world_size: in
         want = tensors(exact)[name]
         scale = float(want.abs().masked_fill(want.isinf(), 0).max())
         assert deviation(x, want) <= (5e-3 if NATIVE else 1e-5) * max(1.0, scale), name
+
+
+@pytest.mark.parametrize("options", [{}, {"backward": "one_pass"}], ids=str)
+@pytest.mark.parametrize(("layout", "strategy"), [("contiguous", "ring"), ("zigzag", "direct")])
+def test_two_lanes_compute_the_same(
+    layout: str, strategy: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Local queries in two parts, and gradients of local K/V added in the end, as on a GPU."""
+    case = Case(
+        mask="causal documents", sinks=True, seq_len=150, B=2, Hq=2, Hkv=1, D=16, Dv=16,
+        block_size=16, dtype=torch.float16 if NATIVE else torch.float32,
+    )  # fmt: skip
+    kinds: dict[str, Any] = {
+        "layout": layout, "strategy": strategy, "options": KernelOptions.of(dict(options)),
+    }  # fmt: skip
+    one = without_sinks(simulate(case, 3, triton_kernel, **kinds))
+    monkeypatch.setattr(Lanes, "two", True)
+    monkeypatch.setattr(Lanes, "meeting", True)
+    forwards = 0
+
+    def counted(*arguments: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+        triton_kernel.forward(*arguments)
+
+    kernel = SimpleNamespace(**{**vars(triton_kernel), "forward": counted})
+    plans = rf.plan_all(case.mask_mod(), 150, 3, B=2, H=2, block_size=16, layout=layout)
+    two = without_sinks(simulate(case, 3, kernel, **kinds))
+    assert forwards > sum(s.mask is not None for plan in plans for s in plan.steps)
+    for name, x in two.items():
+        torch.testing.assert_close(x, one[name], rtol=0, atol=5e-3 if NATIVE else 1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "hierarchical"])
