@@ -99,9 +99,9 @@ def _produce(
     rows, runs, order, q_starts, kv_starts = lists
     last = padded_len // BLOCK_M - 1
     kv_heads, group, members, blocks, row_stride_b, row_stride_h = shape[:6]
-    order_stride_b, order_stride_h, kv_stride_b, together, total_heads, leading, quota = shape[6:]
+    order_stride_b, order_stride_h, kv_stride_b, together, total_heads, leading = shape[6:12]
     total = total_heads * blocks * TILES_N
-    left = quota
+    left = shape[12] + gl.program_id(0) % shape[13]
     work = take(counters)
     loaded = gl.to_tensor(0)
     given = gl.to_tensor(0)
@@ -333,7 +333,7 @@ def _write(
     do_not_specialize=[
         "kv_len", "q_limit", "kv_limit", "padded_len", "kv_heads", "group", "members", "blocks",
         "row_stride_b", "row_stride_h", "order_stride_b", "order_stride_h", "kv_stride_b",
-        "together", "total_heads", "leading", "quota",
+        "together", "total_heads", "leading", "quota", "spread",
     ]
 )  # fmt: skip
 def hopper_backward_kernel(
@@ -341,14 +341,14 @@ def hopper_backward_kernel(
     rows, runs, order, q_starts, kv_starts, mask_tables,
     kv_len, q_limit, kv_limit, padded_len, kv_heads, group, members, blocks,
     row_stride_b, row_stride_h, order_stride_b, order_stride_h, kv_stride_b, together,
-    total_heads, leading, quota,
+    total_heads, leading, quota, spread,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: `(programs,)`; with `quota` tiles each, they must come to all tiles.
+    """Grid: `(programs,)`; program i takes up to `quota + i % spread` tiles.
 
     q, dout: descriptors of `[1, 1, BLOCK_M, padded dim]`. k, v: of `[1, 1, 64, padded dim]`.
     lse, delta: the row terms, flat, by descriptors of `[BLOCK_M]`. dq: fp32, contiguous, zeros at
@@ -394,7 +394,7 @@ def hopper_backward_kernel(
     lengths = (kv_len, q_limit, kv_limit)
     shape = (
         kv_heads, group, members, blocks, row_stride_b, row_stride_h, order_stride_b,
-        order_stride_h, kv_stride_b, together, total_heads, leading, quota,
+        order_stride_h, kv_stride_b, together, total_heads, leading, quota, spread,
     )  # fmt: skip
     # Both times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(

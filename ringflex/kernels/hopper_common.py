@@ -3,7 +3,7 @@
 A program's producer warp takes tiles of work from a counter in global memory, longest first, and
 hands them to the consumer warps with whatever they need to know, while these are still busy with
 the tile before. A program fills a multiprocessor: one for each takes tiles until none is left; or
-there are more, of a quota of tiles each, and between them the multiprocessor is free for transfers.
+there are more, of a quota of tiles each, and between them the multiprocessor is free for others.
 """
 
 from __future__ import annotations

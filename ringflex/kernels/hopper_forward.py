@@ -102,9 +102,9 @@ def _produce(
     q_full, q_empty, v_full = barriers[0], barriers[1], barriers[3]
     rows, runs, order, turns, q_starts, kv_starts = lists
     heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b = shape[:6]
-    together, total_heads, leading, quota = shape[6:]
+    together, total_heads, leading = shape[6:9]
     total = total_heads * blocks * TILES_M
-    left = quota
+    left = shape[9] + gl.program_id(0) % shape[10]
     work = take(counters)
     loaded = gl.to_tensor(0)
     given = gl.to_tensor(0)
@@ -405,7 +405,7 @@ def _write(
     do_not_specialize=[
         "q_len", "q_limit", "kv_limit", "heads", "group", "blocks",
         "row_stride_b", "row_stride_h", "kv_stride_b", "together", "total_heads", "leading",
-        "quota",
+        "quota", "spread",
     ]
 )  # fmt: skip
 def hopper_forward_kernel(
@@ -413,6 +413,7 @@ def hopper_forward_kernel(
     rows, runs, order, turns, q_starts, kv_starts, mask_tables,
     q_len, q_limit, kv_limit, heads, group, blocks,
     row_stride_b, row_stride_h, kv_stride_b, together, total_heads, leading, quota,
+    spread,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
     STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
@@ -420,7 +421,7 @@ def hopper_forward_kernel(
     D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: `(programs,)`; with `quota` tiles each, they must come to all tiles.
+    """Grid: `(programs,)`; program i takes up to `quota + i % spread` tiles.
 
     q, k, v: descriptors of `[1, 1, 64 or BLOCK_N, padded dim]`. counters: int32 `[2]`, zeros
     before and after. together, total_heads, leading: see `head_and_place`. The rest as in
@@ -456,7 +457,7 @@ def hopper_forward_kernel(
     lengths = (q_len, q_limit, kv_limit)
     shape = (
         heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together, total_heads,
-        leading, quota,
+        leading, quota, spread,
     )  # fmt: skip
     # Both times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(

@@ -27,7 +27,7 @@ from ringflex.kernels.hopper_launch import (
     described_flat,
     leading_tiles,
     multiprocessors,
-    programs_and_quota,
+    queue,
 )
 from ringflex.kernels.mod_tables import gradient_arguments
 from ringflex.kernels.stages import Stage
@@ -83,7 +83,7 @@ def forward(
         tiles_m, tiles_n = mask.block_size[0] // _STAYS, mask.block_size[1] // block_n
         heads = setup.batch * setup.heads
         stages = 4 if max(D, Dv) <= 64 else 2
-        programs, quota = programs_and_quota(heads * lists.places * tiles_m, q.device, beside)
+        programs, *quota = queue(heads * lists.places * tiles_m, q.device, beside)
         ready = Prepared(
             hopper_forward_kernel,
             (programs, 1, 1),
@@ -91,7 +91,7 @@ def forward(
                 *setup.query_lists(lists, stage), setup.mask_mod.tables,
                 setup.lengths[0], *setup.lengths[2:], setup.heads, setup.group, lists.places,
                 *setup.row_strides(lists), setup.kv_stride,
-                setup.group, heads, leading_tiles(lists, tiles_m, heads, q.device), quota,
+                setup.group, heads, leading_tiles(lists, tiles_m, heads, q.device), *quota,
             ),
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
@@ -161,7 +161,7 @@ def backward(
         # Programs that walk the same queries at the same time take all heads of a tile at once;
         # those that do not, head by head: so what they share is in the L2 cache.
         members = setup.group if lists.begin_together and mask.H == 1 else 1
-        programs, quota = programs_and_quota(tiles, q.device, g.beside)
+        programs, *quota = queue(tiles, q.device, g.beside)
         score_gradient = None
         if mod is not None:
             score_gradient = mod.gradient(wanted or [False] * len(mod.tables))
@@ -172,7 +172,7 @@ def backward(
                 *setup.key_lists(lists), setup.mask_mod.tables, *setup.lengths[1:],
                 terms.delta.shape[2], setup.kv_heads, setup.group, members, lists.blocks,
                 *setup.row_strides(lists), *setup.order_strides(lists), setup.kv_stride,
-                1, heads, leading_tiles(lists, tiles_n, heads, q.device), quota,
+                1, heads, leading_tiles(lists, tiles_n, heads, q.device), *quota,
             ),
             (
                 setup.mask_mod.function, score_function, score_gradient, ADD.value,

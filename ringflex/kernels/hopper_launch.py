@@ -52,20 +52,26 @@ def leading_tiles(lists: BlockLists, tiles: int, heads: int, device: torch.devic
     return int(np.count_nonzero(enough)) * tiles
 
 
-def programs_and_quota(tiles: int, device: torch.device, beside: bool) -> tuple[int, int]:
-    """How many programs to launch, and how many tiles each may take.
+def queue(tiles: int, device: torch.device, beside: bool) -> tuple[int, int, int]:
+    """How many programs to launch, and how many tiles each may take: of program i, the second
+    number + i modulo the third.
 
     Args:
         tiles: in all.
-        beside: transfers may be under way meanwhile. They begin before the kernel; those that come
-            too late find a multiprocessor before its end where programs end one after the other.
+        beside: other kernels may need multiprocessors meanwhile, as transfers do. So programs end
+            at any time, a few for each multiprocessor, and others take their place.
     """
     at_once = multiprocessors(device)
     if not beside:
-        return min(tiles, at_once), 1 << 30
-    quota = -(-tiles // (_GENERATIONS * at_once))
-    spare = at_once if quota > 1 else 0  # so that no program must take more in the end than others
-    return -(-tiles // quota) + spare, quota
+        return min(tiles, at_once), 1 << 30, 1
+    mean = -(-tiles // (_GENERATIONS * at_once))
+    if mean == 1:
+        return tiles, 1, 1
+    spread = 2 * mean - 1
+    # With programs to spare, so that none must take more in the end than others.
+    rounds, rest = divmod(tiles + at_once * mean, mean * spread)
+    more = int(np.searchsorted(np.cumsum(np.arange(1, spread + 1)), rest)) + 1
+    return rounds * spread + more, 1, spread
 
 
 @functools.cache

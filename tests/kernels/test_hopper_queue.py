@@ -10,7 +10,7 @@ import torch
 import ringflex as rf
 from ringflex.kernels import hopper_common
 from ringflex.kernels.block_lists import key_lists, query_lists
-from ringflex.kernels.hopper_launch import leading_tiles, multiprocessors, programs_and_quota
+from ringflex.kernels.hopper_launch import leading_tiles, multiprocessors, queue
 
 CPU = torch.device("cpu")
 
@@ -59,13 +59,15 @@ def test_programs_end_together(mask: str, transposed: bool, head_and_place) -> N
 @pytest.mark.parametrize("beside", [False, True])
 def test_programs_come_to_all_tiles(tiles: int, beside: bool) -> None:
     at_once = multiprocessors(CPU)
-    programs, quota = programs_and_quota(tiles, CPU, beside)
-    assert programs * quota >= tiles
+    programs, quota, spread = queue(tiles, CPU, beside)
+    quotas = quota + np.arange(programs) % spread
+    assert quotas.sum() >= tiles
     if not beside:
         assert programs == min(tiles, at_once)
-    elif tiles > at_once:
-        # None must take more than its share after the others, and all end some time before the end.
-        assert programs * quota >= tiles + (at_once if quota > 1 else 0)
-        assert quota <= max(1, 0.3 * tiles / at_once)
+    elif tiles <= 4 * at_once:
+        assert programs == tiles and quotas.max() == 1
     else:
-        assert programs == tiles
+        # None must take more than its share after the others; they end one after the other.
+        mean = tiles / at_once / 4
+        assert tiles + at_once * mean <= quotas.sum() <= tiles + 1.5 * at_once * (mean + 1) + spread
+        assert quotas.max() <= 2 * mean + 1 and len(set(quotas[:at_once])) >= min(spread, at_once)
