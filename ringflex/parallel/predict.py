@@ -1,8 +1,8 @@
 """What plans will take on a machine: a time line of every rank. Pure.
 
 The schedule of schedule.py, with times in place of kernels and transfers: a step computes when the
-one before is done and its K/V is there; its transfer begins when both ends have launched the step
-before. Work is that of whole blocks, as kernels compute it.
+one before is done and its K/V is there; an exchange begins when both ends have come to the step
+that it runs beside. Work is that of whole blocks, as kernels compute it.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ class _Line:
     ) -> None:
         self.shape, self.machine, self.W = shape, machine, plan.world_size
         self.steps = list(zip(*steps, strict=True))
+        self.groups = plan.rows.B
         size, rows = plan.layout.block_size, plan.rows
         D, Dv = shape.dims
         self.elements = size * shape.kv_heads * (D + Dv) * shape.batch / rows.B  # of a block
@@ -147,7 +148,7 @@ class _Line:
             if following == len(self.steps):
                 self._note("compute", "forward", number, start, end)
                 break
-            begun, lasts = self._transfer(following, "receives", self._bytes(), start)
+            begun, lasts = self._exchange([(following, "receives")], start)
             end = end + self._slowed(number, lasts)
             self._note("compute", "forward", number, start, end)
             arrived = begun + lasts
@@ -157,33 +158,23 @@ class _Line:
         return end, waits
 
     def backward(self) -> tuple[Array, Array]:
-        """As `forward`. In two passes: dQ of the local step, and every other step's dK/dV and dQ;
-        the local dK/dV beside them, wherever a rank would wait, and at the end (`behind`: what is
-        left of it). In one pass each step is one kernel. What returns is waited for one step later.
-        """
-        queries = 0.0 if self.machine.one_pass else _QUERIES  # the share of a kernel for dQ alone
+        """As `forward`. The local K/V are left behind: they fill the time that a rank would wait,
+        and the end (`behind`: what is left of them); in two passes, only local dK/dV are."""
+        machine, last = self.machine, len(self.steps) - 1
+        queries = 0.0 if machine.one_pass else _QUERIES  # the share of a kernel for dQ alone
 
         def seconds(step: int, share: float) -> Array:
             if not share:
                 return np.zeros(self.W)
-            return self._seconds(step, BACKWARD * share, self.machine.backward)
+            return self._seconds(step, BACKWARD * share, machine.backward)
 
         start, waits = np.zeros(self.W), np.zeros(self.W)
-        end = seconds(0, queries or 1.0)
-        behind = self.pairs[0] * BACKWARD * (1 - queries) * self.dim / self.machine.backward
-        if self.machine.one_pass:
-            behind = np.zeros(self.W)
-        last_kernel = "backward dQ" if queries else "backward"
+        # The share of the local kernels that is left behind.
+        left = 1 - queries if last or queries else 0.0
+        behind = seconds(0, left)
         done = np.zeros(self.W)  # when nothing is
-        since, until = start, end  # the last dQ
-        sent: tuple[int, Array] | None = None  # the step whose exchange of dK/dV is under way
-
-        def wait(end: Array, arrived: Array) -> Array:
-            nonlocal waits
-            gap = np.maximum(arrived - end, 0)
-            filled = fill(end, gap)
-            waits = waits + gap - filled
-            return end + gap
+        held = np.zeros(self.W)  # blocks of dK/dV that wait until the local ones are done
+        width = np.array([step.width for step in self.steps[0]])
 
         def fill(end: Array, gap: Array) -> Array:
             nonlocal behind, done
@@ -192,60 +183,75 @@ class _Line:
             behind = behind - filled
             return filled
 
-        def settle(end: Array) -> Array:
-            if sent is None:
-                return end
-            number, arrived = sent
-            end = wait(end, arrived)
-            if any(t.of == 0 for step in self.steps[number] for t in step.collects):
-                end = end + fill(end, behind)  # they are added to the local dK/dV
-            return end
+        def wait(end: Array, arrived: Array) -> Array:
+            nonlocal waits
+            gap = np.maximum(arrived - end, 0)
+            waits = waits + gap - fill(end, gap)
+            return end + gap
 
-        for number in range(1, len(self.steps)):
-            begun, lasts = self._transfer(number, "receives", self._bytes(), start)
-            slowed = self._slowed(number - 1, lasts)
-            self._note("compute", last_kernel, number - 1, since, until + slowed)
-            end, arrived = end + slowed, begun + lasts
-            self._note("transfer", "K/V", number, begun, arrived)
-            start = wait(end, arrived)
-            made = start + seconds(number, 1 - queries)
-            end = made + seconds(number, queries)
-            since, until = start, end
-            if queries:
-                self._note("compute", "backward dK, dV", number, start, made)
-                since = made
-            end = settle(end)
-            relayed = any(t.of < number for step in self.steps[number] for t in step.returns)
-            posted = end if relayed else made
-            begun, lasts = self._transfer(number, "collects", self._bytes(True), posted)
-            self._note("transfer", "dK/dV", number, begun, begun + lasts)
-            sent = number, begun + lasts
-        self._note("compute", last_kernel, len(self.steps) - 1, since, until)
-        end = end + fill(end, behind)
-        self._note("behind", "backward dK, dV", 0, np.zeros(self.W), done)
-        if sent is not None:
-            end = wait(end, sent[1])
+        def settle(end: Array, number: int) -> Array:
+            """What a step has collected is added; to the local dK/dV when these are done."""
+            nonlocal held
+            collects = [
+                [t.count for t in step.collects if t.of == 0] for step in self.steps[number]
+            ]
+            held = held + np.array([sum(counts) / max(1, self.groups) for counts in collects])
+            return end + fill(end, np.where(held > width, behind, 0.0))
+
+        for number in range(last + 1):
+            if number >= 2:
+                start = settle(start, number - 2)
+            parts = [(number + 1, "receives")] if number < last else []
+            parts += [(number - 1, "collects")] if number > 1 else []
+            begun, lasts = self._exchange(parts, start)
+            self._note_exchange(parts, begun, begun + lasts)
+            slowed = self._slowed(number, lasts)
+            if number == 0:
+                made, end = start, start + seconds(0, 1.0 - left)
+                if left == 1:
+                    behind = behind + slowed
+                else:
+                    end = end + slowed
+            else:
+                made = start + seconds(number, 1 - queries) + slowed
+                name = "backward dK, dV" if queries else "backward"
+                self._note("compute", name, number, start, made)
+                if number == last:
+                    if number > 1:
+                        made = settle(wait(made, begun + lasts), last - 1)
+                    begun, lasts = self._exchange([(last, "collects")], made)
+                    self._note_exchange([(last, "collects")], begun, begun + lasts)
+                end = made + seconds(number, queries)
+            self._note("compute", "backward dQ" if queries else "backward", number, made, end)
+            start = end if number == last else wait(end, begun + lasts)
+        end = start + fill(start, behind)
+        self._note("behind", "backward dK, dV" if queries else "backward", 0, done * 0, done)
+        if last:
+            end = wait(end, begun + lasts)
         return end, waits
 
     def _bytes(self, gradients: bool = False) -> float:
         dtype = self.shape.gradient_dtype if gradients else self.shape.dtype
         return self.elements * dtype.itemsize
 
-    def _transfer(
-        self, number: int, incoming: str, per_block: float, posted: Array
-    ) -> tuple[Array, Array]:
-        """When a step's transfers begin on each rank, and how long they last; 0 where none are."""
+    def _exchange(self, parts: Sequence[tuple[int, str]], posted: Array) -> tuple[Array, Array]:
+        """When an exchange begins on each rank, and how long it lasts; 0 where there is none.
+
+        parts: a step and what comes in: "receives" (K/V) or "collects" (dK/dV).
+        """
         m, W = self.machine, self.W
         begins, into, out = posted.copy(), np.zeros((2, W)), np.zeros((2, W))
         pairs: list[tuple[int, int]] = []
-        for rank, step in enumerate(self.steps[number]):
-            transfers: Sequence[Transfer] = getattr(step, incoming)
-            for t in transfers:
-                far = rank // m.gpus_per_node != t.peer // m.gpus_per_node
-                takes = t.count * per_block / (m.far if far else m.near)
-                into[int(far), rank] += takes
-                out[int(far), t.peer] += takes
-                pairs.append((rank, t.peer))
+        for number, incoming in parts:
+            per_block = self._bytes(incoming == "collects")
+            for rank, step in enumerate(self.steps[number]):
+                transfers: Sequence[Transfer] = getattr(step, incoming)
+                for t in transfers:
+                    far = rank // m.gpus_per_node != t.peer // m.gpus_per_node
+                    takes = t.count * per_block / (m.far if far else m.near)
+                    into[int(far), rank] += takes
+                    out[int(far), t.peer] += takes
+                    pairs.append((rank, t.peer))
         if not pairs:
             return begins, np.zeros(W)
         here, there = np.array(pairs).T
@@ -256,6 +262,13 @@ class _Line:
         lasts = own.copy()
         np.maximum.at(lasts, here, own[there])
         return begins, np.where(own > 0, lasts + m.latency, 0.0)
+
+    def _note_exchange(self, parts: Sequence[tuple[int, str]], begun: Array, end: Array) -> None:
+        for number, incoming in parts:
+            name, outgoing = ("K/V", "sends") if incoming == "receives" else ("dK/dV", "returns")
+            steps = self.steps[number]
+            takes_part = [bool(getattr(x, incoming) or getattr(x, outgoing)) for x in steps]
+            self._note("transfer", name, number, begun, np.where(takes_part, end, begun))
 
     def _slowed(self, beside: int, lasts: Array) -> Array:
         """What a transfer adds to the kernel of a step."""

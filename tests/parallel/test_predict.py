@@ -60,7 +60,7 @@ def test_two_ranks_by_hand() -> None:
 
 
 def test_one_pass_by_hand() -> None:
-    """The same in one pass: what waits for K/V has nothing else to do, and dK/dV leave later."""
+    """The same in one pass: the local K/V while those of rank 0 come, and dK/dV leave later."""
     plans = rf.plan_all(rf.causal(), S, 2, layout="contiguous", strategy="direct")
     found = predict(plans, SHAPE, replace(MACHINE, near=1e8, latency=1e-5, one_pass=True))
     half, blocks = S // 2, S // 2 // 128
@@ -72,9 +72,10 @@ def test_one_pass_by_hand() -> None:
     home = transfer + remote + 2 * (transfer - 1e-5) + 1e-5  # fp32
     assert found.backward == pytest.approx(home)
     for rank in (0, 1):
-        assert not spans_of(found, rank, "behind")
+        (behind,) = spans_of(found, rank, "behind")
+        assert behind.end - behind.start == pytest.approx(local)
         names = [s.name for s in spans_of(found, rank, "compute") if s.start >= found.forward]
-        assert names == ["backward"] * (rank + 1)
+        assert names == ["backward"] * rank
 
 
 def test_nodes_are_linked_by_the_slower_link() -> None:
@@ -127,12 +128,14 @@ def test_time_lines_hold_together(
         computed = spans_of(found, rank, "compute")
         for one, following in pairwise(computed):
             assert following.start >= one.end - 1e-12
-        left_behind = not one_pass and plan.steps[0].mask is not None
+        left_behind = plan.steps[0].mask is not None
         assert len(spans_of(found, rank, "behind")) == left_behind
         for number, step in enumerate(plan.steps):
             for way in (False, True):  # forward, backward
                 mine = [s for s in computed if s.step == number and (s.name != "forward") == way]
                 kernels = 2 if way and number and not one_pass else 1
+                if way and not number and one_pass:
+                    kernels = 0
                 assert len(mine) == (step.mask is not None) * kernels
                 arrivals = [
                     s.end for s in spans_of(found, rank, "transfer")
@@ -146,7 +149,7 @@ def test_time_lines_hold_together(
     fast = predict(plans, SHAPE, replace(nodes, near=1e30, far=1e30, launch=0))
     most = max(plans[0].stats.work) * 64 * 64 * SHAPE.batch * SHAPE.heads
     # Ranks with little work wait for those with much to pass K/V on, for all of a longer kernel.
-    assert fast.both == pytest.approx(14 * 64 * most / 1e12, rel=0.7 if one_pass else 0.5)
+    assert fast.both == pytest.approx(14 * 64 * most / 1e12, rel=0.5)
     assert fast.both <= found.both
 
 
