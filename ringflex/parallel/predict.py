@@ -171,7 +171,9 @@ class _Line:
         start, waits = np.zeros(self.W), np.zeros(self.W)
         # The share of the local kernels that is left behind.
         left = 1 - queries if last or queries else 0.0
-        behind = seconds(0, left)
+        behind = seconds(0, 1.0) * (left == 1)
+        if queries:  # beside dQ, whose launch is counted
+            behind = self.pairs[0] * BACKWARD * left * self.dim / machine.backward
         done = np.zeros(self.W)  # when nothing is
         held = np.zeros(self.W)  # blocks of dK/dV that wait until the local ones are done
         width = np.array([step.width for step in self.steps[0]])
