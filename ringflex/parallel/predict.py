@@ -15,7 +15,7 @@ import numpy as np
 
 from ringflex.masks.runs import Array
 from ringflex.parallel.machine import BACKWARD, FORWARD, AttentionShape, Machine
-from ringflex.parallel.plan import Plan
+from ringflex.parallel.plan import Plan, may_leave_local
 from ringflex.parallel.steps import Step, StepMaker, Transfer
 from ringflex.parallel.strategies import add_steps
 
@@ -159,7 +159,7 @@ class _Line:
 
     def backward(self) -> tuple[Array, Array]:
         """As `forward`. The local K/V are left behind: they fill the time that a rank would wait,
-        and the end (`behind`: what is left of them); in two passes, only local dK/dV are."""
+        and the end (`behind`: what is left of them), if they may; in two passes, local dK/dV."""
         machine, last = self.machine, len(self.steps) - 1
         queries = 0.0 if machine.one_pass else _QUERIES  # the share of a kernel for dQ alone
 
@@ -169,11 +169,10 @@ class _Line:
             return self._seconds(step, BACKWARD * share, machine.backward)
 
         start, waits = np.zeros(self.W), np.zeros(self.W)
-        # The share of the local kernels that is left behind.
-        left = 1 - queries if last or queries else 0.0
-        behind = seconds(0, 1.0) * (left == 1)
+        leaves = np.array([may_leave_local(steps) for steps in zip(*self.steps, strict=True)])
+        behind = np.where(leaves, seconds(0, 1.0), 0.0)
         if queries:  # beside dQ, whose launch is counted
-            behind = self.pairs[0] * BACKWARD * left * self.dim / machine.backward
+            behind = self.pairs[0] * BACKWARD * (1 - queries) * self.dim / machine.backward
         done = np.zeros(self.W)  # when nothing is
         held = np.zeros(self.W)  # blocks of dK/dV that wait until the local ones are done
         width = np.array([step.width for step in self.steps[0]])
@@ -209,11 +208,9 @@ class _Line:
             self._note_exchange(parts, begun, begun + lasts)
             slowed = self._slowed(number, lasts)
             if number == 0:
-                made, end = start, start + seconds(0, 1.0 - left)
-                if left == 1:
-                    behind = behind + slowed
-                else:
-                    end = end + slowed
+                alone = leaves & (not queries)
+                made, end = start, start + seconds(0, queries or 1.0) + slowed
+                end, behind = np.where(alone, start, end), behind + np.where(alone, slowed, 0.0)
             else:
                 made = start + seconds(number, 1 - queries) + slowed
                 name = "backward dK, dV" if queries else "backward"

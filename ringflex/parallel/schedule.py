@@ -103,8 +103,8 @@ def backward(
     home = _new(Pair(k, v), compute_dtype(k.dtype) if adds else k.dtype)
     apart = kernel.has_separate_passes(q, v, options)
     calls = _Calls(plan, kernel, dout, q, terms, score, scale, dcaptures, options, apart)
-    overlaps = len(plan.steps) > 1 and not apart and kernel.may_overlap
-    overlaps = overlaps and not any(d is not None for d in dcaptures)
+    overlaps = not apart and kernel.may_overlap and not any(d is not None for d in dcaptures)
+    overlaps = overlaps and plan.may_leave_local
     lanes = Lanes(q.device)
     with lanes.ahead():
         returns = _Returns(plan, home, lanes, options)
