@@ -21,6 +21,7 @@ from ringflex.masks.from_torch import from_torch
 from ringflex.masks.mods import full
 from ringflex.masks.trace import TracedMod
 from ringflex.masks.trace_cache import traced_score
+from ringflex.parallel import ulysses
 from ringflex.parallel.autograd import attention
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.planner import single_device_plan
@@ -97,9 +98,11 @@ def flex_attention(
         if error or not comm.on_gpu or identity not in block_mask.cache:
             comm.agree(identity, hashlib.blake2b(identity.encode(), digest_size=16).digest(), error)
             block_mask.cache[identity] = True
-    out, lse = attention(
-        plan, chosen.kernel, score, resolved_scale, options, query, key, value, sinks
-    )
+    given = (resolved_scale, options, query, key, value, sinks)
+    if plan.nodes is not None:
+        out, lse = ulysses.attention(plan, chosen.kernel, score_mod, score, *given)
+    else:
+        out, lse = attention(plan, chosen.kernel, score, *given)
     if return_aux is not None:
         return out, AuxOutput(lse=lse if return_aux.lse else None)
     return (out, lse) if return_lse else out

@@ -103,13 +103,21 @@ def check_plan_fits(plan: Plan, q: Tensor, k: Tensor) -> None:
             f"the plan's process group moves {where} tensors, query is on {q.device}: "
             "make the group with the backend of the tensors (NCCL for GPUs, gloo for CPUs)"
         )
-    _check_axes(plan.rows, q)
+    gpus = 1 if plan.nodes is None else plan.world_size // plan.nodes.world_size
+    if q.shape[1] % gpus or k.shape[1] % gpus:
+        raise ValueError(
+            f"strategy='ulysses' deals heads to the {gpus} GPUs of a node; query has {q.shape[1]}, "
+            f"key {k.shape[1]}: both must be multiples of {gpus}"
+        )
+    _check_axes(plan.rows, q, gpus)
 
 
-def _check_axes(mask: BlockMask, q: Tensor) -> None:
+def _check_axes(mask: BlockMask, q: Tensor, gpus: int = 1) -> None:
+    """gpus: among which heads are dealt; the mask is for one of them."""
+    heads = mask.H * gpus if mask.H > 1 or "h" in mask.mask.uses else 1
     for axis, name, made_for, given in (
         ("B", "b", mask.B, q.shape[0]),
-        ("H", "h", mask.H, q.shape[1]),
+        ("H", "h", heads, q.shape[1]),
     ):
         depends = made_for > 1 or name in mask.mask.uses
         if depends and made_for != given:

@@ -9,7 +9,7 @@ chunks and dealt out in any order while the mask still sees global indices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,20 @@ class BlockMask:
             full=select(self.full),
             partial=select(self.partial),
         )
+
+    def of_heads(self, first: int, count: int, mask: TracedMod) -> BlockMask:
+        """Of some of the heads that it distinguishes, counted from 0 by a mask of their own."""
+
+        def select(runs: Runs) -> Runs:
+            group, block = np.divmod(runs.row, self.q_blocks)
+            b, h = np.divmod(group, self.H)
+            mine = (h >= first) & (h < first + count)
+            row = (b * count + h - first) * self.q_blocks + block
+            rows = self.B * count * self.q_blocks
+            return Runs.from_pieces(row[mine], runs.start[mine], runs.end[mine], rows)
+
+        full, partial = select(self.full), select(self.partial)
+        return replace(self, mask=mask, H=count, full=full, partial=partial, cache={})
 
     def block_map(self) -> Array:
         """uint8 `[B, H, q_blocks, kv_blocks]`: 0 not visible, 1 partial, 2 full."""

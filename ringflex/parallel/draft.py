@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.builder import BlockMaskBuilder
+from ringflex.masks.mods import MaskMod
 from ringflex.masks.runs import Array
 from ringflex.masks.trace_cache import traced_mask
 from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
@@ -39,9 +41,23 @@ MaskFunction = Callable[..., Tensor]
 _CHOICES = {"auto": best_layout, "balanced": balanced_layout, "nested": nested_layout}
 
 
+class Part(NamedTuple):
+    """One of equal parts of the heads, from 0 on."""
+
+    place: int = 0
+    parts: int = 1
+
+
+_WHOLE = Part()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The checked arguments of a plan, the same on every rank."""
+    """The checked arguments of a plan, the same on every rank.
+
+    Attributes:
+        multiple: every rank holds a multiple of so many blocks.
+    """
 
     seq_len: int
     world_size: int
@@ -51,6 +67,7 @@ class Request:
     strategy: str
     block_size: int
     machine: Machine = field(default_factory=Machine)
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "world_size", "block_size", "B", "H"):
@@ -60,9 +77,8 @@ class Request:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
         if self.strategy not in ("auto", *STRATEGIES):
-            raise ValueError(
-                f"strategy={self.strategy!r} is not one of auto, {', '.join(STRATEGIES)}"
-            )
+            strategies = ", ".join(("auto", *STRATEGIES, "ulysses"))
+            raise ValueError(f"strategy={self.strategy!r} is not one of {strategies}")
         if not isinstance(self.machine, Machine):
             raise TypeError(f"machine must be an rf.Machine, got {type(self.machine).__name__}")
         per_node = self.machine.gpus_per_node
@@ -88,6 +104,10 @@ class Request:
 
     def known_layout(self) -> Layout | None:
         """The layout, unless it depends on the masks."""
+        found = self._known_layout()
+        return found and found.padded(self.multiple)
+
+    def _known_layout(self) -> Layout | None:
         if isinstance(self.layout, Layout):
             return self.layout
         if self.layout not in _CHOICES:
@@ -112,7 +132,7 @@ class Draft:
     def __init__(self, masks: Mapping[str, MaskFunction], request: Request) -> None:
         if not masks:
             raise ValueError("plan() got an empty dict of masks")
-        self.request = request
+        self.masks, self.request = dict(masks), request
         self.costs = Costs.of(request.machine, request.block_size)
         self.layout = request.known_layout()
         self.rows: dict[int, list[BlockMask]] = {}
@@ -144,6 +164,7 @@ class Draft:
             f"plan(seq_len={r.seq_len}, B={r.B}, H={r.H}, layout={layout}, "
             f"strategy={r.strategy}, block_size={r.block_size}, mask {masks}"
             + f", {r.machine}" * (r.machine != Machine())
+            + f", {r.multiple} GPUs" * (r.multiple > 1)
             + ")"
         )
         state = hashlib.blake2b(what.encode() + self.captured, digest_size=16)
@@ -166,7 +187,14 @@ class Draft:
         heads = math.lcm(*(builder.H for builder in builders))
         survey = Survey.from_rows(np.concatenate(told), chunk, heads, layers * blocks // chunk)
         choice = _CHOICES[self.request.layout]  # type: ignore[index]
-        self.layout = choice(survey, *self.request.sizes, self.costs, self._relays())
+        found = choice(survey, *self.request.sizes, self.costs, self._relays())
+        self.layout = found.padded(self.request.multiple)
+
+    def prepare(self, ranks: Iterable[int]) -> None:
+        """All that comes before the plans, of all ranks in one process."""
+        if self.layout is None:
+            self.choose([self.survey(rank) for rank in ranks])
+        self.hear([self.needs(rank) for rank in ranks])
 
     def _relays(self) -> Relays:
         strategy, W = self.request.strategy, self.request.world_size
@@ -205,14 +233,15 @@ class Draft:
                 strategy = fastest_strategy(reads)
             self.heard.append((reads, work, strategy))
 
-    def plans(self, rank: int, comm: Communicator | None) -> dict[str, Plan]:
-        """The plans of one rank, by what was heard."""
+    def plans(self, rank: int, comm: Communicator | None, part: Part = _WHOLE) -> dict[str, Plan]:
+        """The plans of one rank, by what was heard; part: for so many of the heads only."""
         layout, digest = self.layout, self.identity()[1].hex()
         assert layout is not None
         plans = {}
-        for (name, builder), rows, (reads, work, strategy) in zip(
+        for (name, builder), all_rows, (reads, work, strategy) in zip(
             self.builders.items(), self.rows[rank], self.heard, strict=True
         ):
+            rows = self._of_heads(name, all_rows, part)
             steps = build_steps(strategy, rank, reads, rows)
             plans[name] = Plan(
                 rank=rank,
@@ -227,3 +256,13 @@ class Draft:
                 comm=comm,
             )
         return plans
+
+    def _of_heads(self, name: str, rows: BlockMask, part: Part) -> BlockMask:
+        """A block mask for a part of the heads; the same one where it does not depend on them."""
+        if part.parts == 1 or (rows.H == 1 and "h" not in rows.mask.uses):
+            return rows
+        heads = rows.H // part.parts
+        mask, first = self.masks[name], torch.tensor(part.place * heads)
+        of_part = lambda b, h, q_idx, kv_idx: mask(b, h + first, q_idx, kv_idx)
+        traced = traced_mask(MaskMod(of_part, rows.mask.name))
+        return rows.of_heads(part.place * heads, heads, traced)

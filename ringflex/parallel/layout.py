@@ -7,7 +7,7 @@ blocks, in ascending global order; what does not divide is padded at the end of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -55,6 +55,12 @@ class Layout:
         """Global position of each token slot of `rank`, int64 `[local_len]`."""
         starts = self.blocks_of(rank) * self.block_size
         return (starts[:, None] + np.arange(self.block_size)).reshape(-1)
+
+    def padded(self, multiple: int) -> Layout:
+        """With more padding, so that every rank holds a multiple of that many blocks."""
+        more = -(self.blocks // self.world_size) % multiple
+        padding = np.repeat(np.arange(self.world_size), more)
+        return replace(self, owner=np.concatenate([self.owner, padding])) if more else self
 
 
 def make_layout(name: str, seq_len: int, world_size: int, block_size: int) -> Layout:

@@ -15,7 +15,7 @@ from ringflex.masks.bounds import ALL, NONE, MaskBounds, Rectangles
 if TYPE_CHECKING:
     from ringflex.parallel.plan import Plan
 
-_BLUE, _SKY, _ORANGE, _GREEN = "#0072B2", "#56B4E9", "#E69F00", "#009E73"
+_BLUE, _SKY, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7"
 _MANY = 16  # ranks beyond which rows are too thin for patterns
 _CELLS = 128  # of the mask's picture, per side
 _PAGE = """<!DOCTYPE html>
@@ -44,21 +44,25 @@ def plot_plan(plan: Plan, path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plot() needs matplotlib: pip install ringflex[plots]") from error
-    below = min(5.0, 1.6 + 0.16 * plan.world_size)
+    ranks, plan = plan, plan.nodes or plan
+    below = min(5.0, 1.6 + 0.16 * ranks.world_size)
     figure = Figure(figsize=(13, 4.6 + below), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
         2, 3, width_ratios=[1.25, 1, 1.1], height_ratios=[4.6, below], hspace=0.08
     )
     mask_axes, work_axes, sends_axes = (figure.add_subplot(grid[0, i]) for i in range(3))
-    _draw_times(plan, figure.add_subplot(grid[1, :]), figure)
+    _draw_times(ranks, figure.add_subplot(grid[1, :]), figure)
     colours = _colours(plan.world_size)
     _draw_mask(plan, mask_axes, colours)
-    _draw_work(plan, work_axes, colours)
-    _draw_sends(plan, sends_axes, figure)
+    who, strategy = "rank", plan.strategy
+    if plan is not ranks:
+        who, strategy = "node", f"{ranks.strategy}, between {plan.world_size} nodes {strategy}"
+    _draw_work(plan, work_axes, colours, who)
+    _draw_sends(plan, sends_axes, figure, who)
     figure.suptitle(
-        f"{plan.rows.mask.name}: {plan.seq_len:,} tokens on {plan.world_size} ranks, "
-        f"{plan.layout.name} layout, {plan.strategy}"
+        f"{plan.rows.mask.name}: {plan.seq_len:,} tokens on {ranks.world_size} ranks, "
+        f"{plan.layout.name} layout, {strategy}"
     )
     if not path.lower().endswith((".html", ".htm")):
         figure.savefig(path, dpi=130)
@@ -70,7 +74,7 @@ def plot_plan(plan: Plan, path: str) -> None:
         _PAGE.format(
             title=html.escape(plan.rows.mask.name),
             svg=svg[svg.index("<svg") :],
-            words=html.escape(plan.describe()),
+            words=html.escape(ranks.describe()),
         )
     )
 
@@ -105,18 +109,18 @@ def _draw_mask(plan: Plan, axes: Any, colours: Any) -> None:
     axes.set_ylabel("query position (tokens)")
 
 
-def _draw_work(plan: Plan, axes: Any, colours: Any) -> None:
+def _draw_work(plan: Plan, axes: Any, colours: Any, who: str) -> None:
     work = np.array(plan.stats.work)
     axes.bar(np.arange(work.size), work, color=colours)
     axes.axhline(work.mean(), color="0.3", linestyle="--", linewidth=1, label="mean")
     axes.set_title(f"work: slowest {plan.stats.imbalance:.2f}x the mean", fontsize=10)
-    axes.set_xlabel("rank")
+    axes.set_xlabel(who)
     axes.set_ylabel("visible blocks")
     axes.legend(loc="lower right", fontsize=8)
     _rank_ticks(axes.xaxis, work.size)
 
 
-def _draw_sends(plan: Plan, axes: Any, figure: Any) -> None:
+def _draw_sends(plan: Plan, axes: Any, figure: Any, who: str) -> None:
     W, layout = plan.world_size, plan.layout
     needs = plan.needs.dense().sum(axis=1)  # [reader, blocks]
     blocks = np.stack([needs[:, layout.owner == owner].sum(axis=1) for owner in range(W)], axis=1)
@@ -132,8 +136,8 @@ def _draw_sends(plan: Plan, axes: Any, figure: Any) -> None:
                 color="black" if bright else "white",
             )  # fmt: skip
     axes.set_title("remote K/V that queries see", fontsize=10)
-    axes.set_xlabel("rank that holds it")
-    axes.set_ylabel("rank that needs it")
+    axes.set_xlabel(f"{who} that holds it")
+    axes.set_ylabel(f"{who} that needs it")
     _rank_ticks(axes.xaxis, W)
     _rank_ticks(axes.yaxis, W)
 
@@ -144,7 +148,7 @@ def _draw_times(plan: Plan, axes: Any, figure: Any) -> None:
     hatch, edge = ("////", 0.3) if plan.world_size <= _MANY else (None, 0.0)
     kinds = {
         "compute, forward": _BLUE, "compute, backward": _SKY,
-        "K/V under way": _ORANGE, "dK/dV under way": _GREEN,
+        "K/V under way": _ORANGE, "dK/dV under way": _GREEN, "heads under way": _PURPLE,
     }  # fmt: skip
     bars: dict[str, list[tuple[int, float, float]]] = {kind: [] for kind in kinds}
     for s in found.spans:
@@ -153,6 +157,8 @@ def _draw_times(plan: Plan, axes: Any, figure: Any) -> None:
             kind = f"compute, {s.name.split()[0]}"
         bars[kind].append((s.rank, s.start * 1e3, (s.end - s.start) * 1e3))
     for kind, colour in kinds.items():
+        if kind.startswith("heads") and not bars[kind]:
+            continue
         rank, start, width = np.array(bars[kind] or np.zeros((0, 3))).T
         above = kind.startswith("compute")
         axes.barh(

@@ -69,6 +69,7 @@ class PlanStats:
         Args (keywords):
             batch, kv_heads, head_dim: of the K tensor.
             v_head_dim: of the V tensor.
+            heads: of the query; needed with strategy="ulysses" only.
             dtype: of K and V.
             backward: count the backward as well: K/V again, and dK/dV.
             gradient_dtype: of dK/dV on their way; by default that of accumulation.
@@ -87,6 +88,7 @@ class PlanStats:
         dtype: torch.dtype,
         backward: bool = False,
         gradient_dtype: torch.dtype | None = None,
+        heads: int | None = None,
     ) -> int:
         elements = self.block_size * kv_heads * (head_dim + v_head_dim) * batch // self.batch_groups
         total = sum(kv_blocks) * dtype.itemsize * (2 if backward else 1)
@@ -109,13 +111,15 @@ class Plan:
     Attributes:
         rank, world_size: within the plan's group.
         layout: who holds which blocks.
-        strategy: "ring", "direct", "hierarchical" or "all_gather".
+        strategy: "ring", "direct", "hierarchical", "all_gather" or "ulysses".
         rows: block mask of this rank's queries against the whole sequence.
         steps: the local step, then one per arrival.
         outline: who reads what of whom, on all ranks.
         stats: what it computes and moves.
         identity: what all ranks must have made alike, in words and digits.
         comm: the communicator; None in plans made without a process group.
+        nodes: with "ulysses", the plan whose ranks are nodes, for this GPU's share of the heads;
+            what this plan has of `rows` and `steps` is that one's.
     """
 
     rank: int
@@ -128,6 +132,7 @@ class Plan:
     stats: PlanStats
     identity: str
     comm: Communicator | None = field(default=None, repr=False)
+    nodes: Plan | None = field(default=None, repr=False)
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -221,6 +226,11 @@ class Plan:
             f"work {s.work[self.rank]} visible blocks, slowest rank {s.imbalance:.2f}x the mean; "
             f"{s.skipped:.1%} of remote K/V never received",
         ]
+        if self.nodes is not None:
+            lines.append(
+                f"heads in {self.world_size // self.nodes.world_size} parts among the GPUs of a "
+                f"node; between {self.nodes.world_size} nodes, {self.nodes.strategy}:"
+            )
         for i, step in enumerate(self.steps):
             blocks = step.mask.visible_blocks if step.mask else 0
             moves = ", ".join(
@@ -249,7 +259,8 @@ class Plan:
         return predict_all(self, shape, machine)
 
     def plot(self, path: str) -> None:
-        """Saves a picture of the plan: the mask by owner, the work, who sends to whom.
+        """Saves a picture of the plan: the mask by owner, the work, who sends to whom. With
+        "ulysses" ranks are nodes there.
 
         path: its ending chooses the format: PNG, SVG, PDF, or HTML with the plan in words too.
         Needs matplotlib (`pip install ringflex[plots]`).

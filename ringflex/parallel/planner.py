@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array
 from ringflex.parallel.comm import Agreement, Communicator, communicator
-from ringflex.parallel.draft import Draft, MaskFunction, Request
+from ringflex.parallel.draft import Draft, MaskFunction, Part, Request
 from ringflex.parallel.layout import Layout
 from ringflex.parallel.links import Costs
 from ringflex.parallel.machine import Machine
@@ -19,6 +19,9 @@ from ringflex.parallel.needs import Reads, need_rows, needs_of
 from ringflex.parallel.plan import Outline, Plan, stats_of
 from ringflex.parallel.recent import recall, remember
 from ringflex.parallel.steps import Step
+
+if TYPE_CHECKING:
+    from ringflex.parallel.ulysses import UlyssesPlanning
 
 
 @overload
@@ -81,8 +84,11 @@ def plan(
             nodes what is done first; or "auto": the one of them all whose slowest rank is done
             first, computing, receiving and sending.
         strategy: "ring", "direct", "all_gather"; "hierarchical": a block comes to a node once, and
-            goes on within it, for nodes of `machine.gpus_per_node` ranks; or "auto": of all but
-            "all_gather" the one that keeps links busy for the shortest time (ring if it is a tie).
+            goes on within it, for nodes of `machine.gpus_per_node` ranks; "ulysses": heads are
+            dealt to the GPUs of such a node by all-to-alls, and K/V moves between nodes, for each
+            share of the heads on its own (heads of queries and of keys must be multiples of the
+            GPUs); or "auto": of all but "all_gather" and "ulysses" the one that keeps links busy
+            for the shortest time (ring if it is a tie).
         block_size: tokens per block of the mask, and of what is sent.
         machine: rates of the GPUs and links that "auto" and "nested" weigh; default: Hopper GPUs,
             eight to a node, ranks node by node.
@@ -97,7 +103,20 @@ def plan(
         "seq_len": seq_len, "B": B, "H": H, "layout": layout, "strategy": strategy,
         "block_size": block_size, "machine": Machine() if machine is None else machine,
     }  # fmt: skip
-    return Planning(lambda: mask_mod, communicator(group), request).finish()
+    return start_planning(lambda: mask_mod, communicator(group), request).finish()
+
+
+def start_planning(
+    mask_mod: Callable[[], MaskFunction | Mapping[str, MaskFunction]],
+    comm: Communicator | None,
+    request: Mapping[str, Any],
+) -> Planning | UlyssesPlanning:
+    """A plan under way; see `Planning`."""
+    if request["strategy"] == "ulysses":
+        from ringflex.parallel.ulysses import UlyssesPlanning
+
+        return UlyssesPlanning(mask_mod, comm, request)
+    return Planning(mask_mod, comm, request)
 
 
 class Planning:
@@ -106,6 +125,7 @@ class Planning:
 
     Args:
         mask_mod: makes what `plan` takes; its errors are told to the other ranks like any.
+        part: of the heads that this process plans for.
     """
 
     def __init__(
@@ -113,8 +133,9 @@ class Planning:
         mask_mod: Callable[[], MaskFunction | Mapping[str, MaskFunction]],
         comm: Communicator | None,
         request: Mapping[str, Any],
+        part: Part | None = None,
     ) -> None:
-        self.comm, self.several = comm, False
+        self.comm, self.several, self.part = comm, False, part or Part()
         self.agreement = None if comm is None else comm.prepare()
         self.draft: Draft | Exception
         try:
@@ -126,6 +147,12 @@ class Planning:
         except Exception as error:  # the other ranks must hear of it where they wait for this one
             self.draft = error
 
+    def identity(self) -> tuple[str, bytes]:
+        """What all ranks must have alike; raises what was wrong."""
+        if isinstance(self.draft, Exception):
+            raise self.draft
+        return self.draft.identity()
+
     def finish(self) -> Plan | dict[str, Plan]:
         """The plan, or the plans."""
         rank = self.comm.rank if self.comm else 0
@@ -134,28 +161,27 @@ class Planning:
 
         def begin(anew: bool) -> tuple[tuple[str, bytes], Array | None]:
             nonlocal known, key
-            if isinstance(self.draft, Exception):
-                raise self.draft
-            identity = self.draft.identity()
+            identity = self.identity()
             key = identity[1]
             known = None if anew else recall(self.comm, key)
             if known is not None:
                 return identity, None
+            assert isinstance(self.draft, Draft)
             surveys = self.draft.layout is None
             rows = self.draft.survey(rank) if surveys else self.draft.needs(rank)
             return identity, rows
 
-        told = _tell(self.agreement, partial(begin, False), partial(begin, True))
+        told = tell(self.agreement, partial(begin, False), partial(begin, True))
         if told is None:
             assert known is not None
             return known if self.several else known[""]
         draft = self.draft
         assert isinstance(draft, Draft)
         if draft.layout is None:
-            told = _tell(self.agreement, partial(draft.settle, rank, told))
+            told = tell(self.agreement, partial(draft.settle, rank, told))
             assert told is not None
         draft.hear(told)
-        plans = draft.plans(rank, self.comm)
+        plans = draft.plans(rank, self.comm, self.part)
         remember(self.comm, key, plans)
         return plans if self.several else plans[""]
 
@@ -176,21 +202,17 @@ def plan_all(
 
     Arguments as in `plan`. The plans cannot run on several ranks: they have no communicator.
     """
-    request = Request(
-        seq_len=seq_len,
-        world_size=world_size,
-        B=B,
-        H=H,
-        layout=layout,
-        strategy=strategy,
-        block_size=block_size,
-        machine=Machine() if machine is None else machine,
-    )
-    draft, ranks = Draft({"": mask_mod}, request), range(world_size)
-    if draft.layout is None:
-        draft.choose([draft.survey(rank) for rank in ranks])
-    draft.hear([draft.needs(rank) for rank in ranks])
-    return [draft.plans(rank, None)[""] for rank in ranks]
+    request: dict[str, Any] = {
+        "seq_len": seq_len, "B": B, "H": H, "layout": layout, "strategy": strategy,
+        "block_size": block_size, "machine": Machine() if machine is None else machine,
+    }  # fmt: skip
+    if strategy == "ulysses":
+        from ringflex.parallel import ulysses
+
+        return ulysses.plan_all(mask_mod, world_size, request)
+    draft = Draft({"": mask_mod}, Request(**request, world_size=world_size))
+    draft.prepare(range(world_size))
+    return [draft.plans(rank, None)[""] for rank in range(world_size)]
 
 
 def single_device_plan(block_mask: BlockMask) -> Plan:
@@ -227,7 +249,7 @@ def single_device_plan(block_mask: BlockMask) -> Plan:
     )
 
 
-def _tell(
+def tell(
     comm: Agreement | None,
     make: Callable[[], tuple[tuple[str, bytes], Array | None]],
     again: Callable[[], tuple[tuple[str, bytes], Array | None]] | None = None,
@@ -253,6 +275,6 @@ def _tell(
         return None if rows is None else [rows]
     counts = comm.agree(*identity, error, count=0 if rows is None else 1 + rows.shape[0])
     if not all(counts):
-        return _tell(comm, again) if again is not None and any(counts) else None
+        return tell(comm, again) if again is not None and any(counts) else None
     assert rows is not None
     return comm.all_gather_rows(rows, [count - 1 for count in counts])

@@ -7,12 +7,14 @@ that it runs beside. Work is that of whole blocks, as kernels compute it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from ringflex.kernels.contract import compute_dtype
 from ringflex.masks.runs import Array
 from ringflex.parallel.machine import BACKWARD, FORWARD, AttentionShape, Machine
 from ringflex.parallel.plan import Plan, may_leave_local
@@ -66,12 +68,18 @@ def predict(
     """
     if [p.rank for p in plans] != list(range(plans[0].world_size)):
         raise ValueError("predict() wants the plans of all ranks, in order: see plan_all()")
+    if plans[0].nodes is not None:
+        gpus = plans[0].world_size // plans[0].nodes.world_size
+        nodes = [plan.nodes for plan in plans[::gpus] if plan.nodes is not None]
+        return _with_swaps(plans[0], partial(predict, nodes), shape, machine)
     work = [[s.mask.visible_blocks if s.mask else 0 for s in plan.steps] for plan in plans]
     return _prediction(plans[0], [plan.steps for plan in plans], work, shape, machine)
 
 
 def predict_all(plan: Plan, shape: AttentionShape | None, machine: Machine | None) -> Prediction:
     """The same from the plan of one rank, which knows what all compute of each other's K/V."""
+    if plan.nodes is not None:
+        return _with_swaps(plan, partial(predict_all, plan.nodes), shape, machine)
     (reads, work), W = plan.outline, plan.world_size
     steps, blocks = [], []
     for rank in range(W):
@@ -82,6 +90,61 @@ def predict_all(plan: Plan, shape: AttentionShape | None, machine: Machine | Non
         owners = [np.unique(plan.layout.owner[np.concatenate(held)]) for held in maker.held]
         blocks.append([int(by_owner[some].sum()) for some in owners])
     return _prediction(plan, steps, blocks, shape, machine)
+
+
+def _with_swaps(
+    plan: Plan,
+    between_nodes: Callable[[AttentionShape, Machine], Prediction],
+    shape: AttentionShape | None,
+    machine: Machine | None,
+) -> Prediction:
+    """With the all-to-alls of heads before and after; nothing is computed meanwhile.
+
+    Raises:
+        ValueError: heads are not multiples of the GPUs of a node.
+    """
+    assert plan.nodes is not None
+    shape, machine = shape or AttentionShape(), machine or Machine()
+    gpus = plan.world_size // plan.nodes.world_size
+    if shape.heads % gpus or shape.kv_heads % gpus:
+        raise ValueError(
+            f"strategy='ulysses' deals heads to the {gpus} GPUs of a node; {shape.heads} and "
+            f"{shape.kv_heads} of K/V are not multiples"
+        )
+    heads, kv_heads, (D, Dv) = shape.heads // gpus, shape.kv_heads // gpus, shape.dims
+    share = replace(shape, heads=heads, kv_heads=kv_heads)
+    found = between_nodes(share, replace(machine, gpus_per_node=1))
+    slots = shape.batch * plan.local_len * (gpus - 1)
+    size, lse = shape.dtype.itemsize, compute_dtype(shape.dtype).itemsize
+    there, back = (
+        slots * elements / machine.near + machine.latency * (gpus > 1)
+        for elements in (
+            (heads * D + kv_heads * (D + Dv)) * size,  # q, k, v; or their gradients
+            heads * (Dv * size + lse),  # out, lse; or their gradients
+        )
+    )
+    both = there + back
+    spans = []
+    swaps = [(0.0, there), (there + found.forward, back)]
+    start = both + found.forward
+    swaps += [(start, back), (start + back + found.backward, there)]
+    for rank in range(plan.world_size):
+        spans += [
+            Span(rank, "transfer", "heads", 0, begin, begin + takes)
+            for begin, takes in swaps
+            if takes
+        ]
+    for s in found.spans:
+        shift = there if s.start < found.forward else both + back
+        ranks = range(s.rank * gpus, (s.rank + 1) * gpus)
+        spans += [s._replace(rank=r, start=s.start + shift, end=s.end + shift) for r in ranks]
+    return Prediction(
+        forward=found.forward + both,
+        backward=found.backward + both,
+        exposed=found.exposed + 2 * both,
+        flops=found.flops * gpus,
+        spans=tuple(spans),
+    )
 
 
 def _prediction(

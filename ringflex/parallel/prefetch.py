@@ -14,7 +14,7 @@ import torch
 from ringflex.parallel.comm import communicator
 from ringflex.parallel.draft import MaskFunction
 from ringflex.parallel.machine import Machine
-from ringflex.parallel.planner import Planning
+from ringflex.parallel.planner import start_planning
 
 _Batch = TypeVar("_Batch")
 
@@ -73,7 +73,7 @@ class PlanPrefetcher(Generic[_Batch]):
             ready: deque[tuple[_Batch, Future[Any], float]] = deque()
             for batch in self.batches:
                 started = time.perf_counter()
-                planning = Planning(partial(self.masks_of, batch), self.comm, self.request)
+                planning = start_planning(partial(self.masks_of, batch), self.comm, self.request)
                 future = pool.submit(_finish, planning)
                 ready.append((batch, future, time.perf_counter() - started))
                 if len(ready) > self.ahead:
@@ -89,6 +89,6 @@ class PlanPrefetcher(Generic[_Batch]):
         return batch, plans
 
 
-def _finish(planning: Planning) -> Any:
+def _finish(planning: Any) -> Any:
     with torch.no_grad():  # of a thread of its own
         return planning.finish()

@@ -304,8 +304,11 @@ class _Returns:
         fills = self.own.is_buffer and step.returns[0].of == number
         self.packed = fills and not relays and step.returns[0].count == step.width
         if self.packed:
-            return self.own.unpack(held, step.width)
-        if relays or step.mask is not None:
+            made = self.own.unpack(held, step.width)
+            if step.mask is None:  # what others of the node see of it, but not this share of heads
+                _zero(made)
+            return made
+        if relays or step.mask is not None or any(t.of == number for t in step.returns):
             self.made = _new(held, compute_dtype(held.k.dtype))
             if step.mask is None:
                 _zero(self.made)

@@ -1,0 +1,158 @@
+"""Heads dealt to the GPUs of a node, the sequence to nodes: the same as any other strategy."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ringflex as rf
+from attention_cases import LAYOUTS, Case, assert_equals_reference, attend
+from rank_pool import RankPool
+from ringflex.parallel.predict import predict
+from ringflex.parallel.prefetch import PlanPrefetcher
+from ringflex.reference import Reference
+
+HEADS = Case(
+    mask="mixed heads", score="composed", seq_len=203, Hq=8, Hkv=4, B=2, dtype=torch.float64,
+    sinks=True, dlse=True, block_size=16,
+)  # fmt: skip
+CASES = [
+    HEADS,
+    replace(HEADS, mask="causal documents", score="alibi", sinks=False),
+    replace(HEADS, mask="document rows", score=None, dtype=torch.float32, bshd=True),
+    replace(HEADS, mask="causal", score="relative", dlse=False, seq_len=16),  # mostly padding
+]
+
+
+def results_on_rank(
+    group: dist.ProcessGroup, case: Case, layout: str, gpus: int
+) -> tuple[Reference, str]:
+    problem = case.build()
+    plan = rf.plan(
+        problem.mask, case.seq_len, group, B=case.B, H=case.Hq, layout=layout, strategy="ulysses",
+        block_size=case.block_size, machine=rf.Machine(gpus_per_node=gpus),
+    )  # fmt: skip
+    assert plan.comm is not None
+    found = attend(problem.shard(plan), plan)
+    shape = {
+        "batch": case.B, "heads": case.Hq, "kv_heads": case.Hkv, "head_dim": case.D,
+        "v_head_dim": case.Dv, "dtype": case.dtype, "backward": True,
+    }  # fmt: skip
+    assert plan.comm.bytes_sent == plan.stats.bytes_sent(**shape)
+    assert plan.comm.bytes_received == plan.stats.bytes_received(**shape)
+    shared = [x for x in (found.dsinks, *found.dcaptures) if x is not None]
+    for x in shared:
+        dist.all_reduce(x, group=group)
+    whole = Reference(
+        *(plan.unshard(x, 2) for x in found[:5]),
+        found.dsinks,
+        found.dcaptures,
+    )
+    return whole, plan.layout.name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.mask}, {case.score}")
+@pytest.mark.parametrize(("world_size", "gpus"), [(2, 2), (4, 2), (4, 1), (4, 8)])
+def test_results_equal_the_reference(
+    pool: RankPool, case: Case, world_size: int, gpus: int
+) -> None:
+    layout = [*LAYOUTS, "auto", "balanced", "nested"][(world_size + gpus) % 6]
+    for whole, _ in pool.run(results_on_rank, world_size, case, layout, gpus):
+        assert_equals_reference(case, whole, f"{layout}, {world_size} ranks, {gpus} a node")
+
+
+def several_on_rank(group: dist.ProcessGroup) -> None:
+    """A dict of masks shares a layout, a prefetcher's plans are those of `rf.plan`, and equal
+    requests are planned once."""
+    masks = {"local": rf.causal() & rf.sliding_window(20), "global": rf.causal()}
+    nodes = {"strategy": "ulysses", "block_size": 16, "machine": rf.Machine(gpus_per_node=2)}
+    first, again = (rf.plan(masks, 200, group, **nodes) for _ in range(2))
+    assert first["local"].layout.owner.tolist() == first["global"].layout.owner.tolist()
+    assert first["local"].nodes is not None and again["local"].nodes is not None
+    assert first["local"].nodes.steps is again["local"].nodes.steps
+    (_, ahead), *_ = PlanPrefetcher([0], lambda batch: masks, seq_len=200, group=group, **nodes)
+    assert ahead["global"].identity == first["global"].identity
+
+
+def test_plans_of_several_masks(pool: RankPool) -> None:
+    pool.run(several_on_rank, 4)
+
+
+def mistakes_on_rank(group: dist.ProcessGroup) -> list[str]:
+    rank, found = dist.get_rank(group), []
+
+    def plan(gpus: int = 2, strategy: str = "ulysses", ids: int = 0, **more: object) -> rf.Plan:
+        documents = torch.arange(64) // 20 + ids
+        return rf.plan(
+            rf.causal() & rf.document(documents), 64, group, strategy=strategy, block_size=16,
+            machine=rf.Machine(gpus_per_node=gpus), **more,
+        )  # fmt: skip
+
+    def attend_with(heads: int) -> None:
+        x = torch.zeros(1, heads, p.local_len, 8)
+        rf.flex_attention(x, x, x, block_mask=p)
+
+    p = plan()
+    for wrong in (
+        lambda: plan(gpus=3),
+        lambda: plan(H=3),
+        lambda: plan(layout=p.layout),
+        lambda: plan(ids=rank == 1),
+        lambda: plan(strategy="ulysses" if rank else "ring"),
+        lambda: plan(gpus=4, ids=rank == 1),
+        lambda: attend_with(3),
+        lambda: attend_with(2 if rank else 3),
+        lambda: p.stats.bytes_sent(
+            batch=1, kv_heads=2, head_dim=8, v_head_dim=8, dtype=torch.float32
+        ),
+    ):
+        with pytest.raises((ValueError, TypeError)) as raised:
+            wrong()
+        found.append(str(raised.value))
+    attend_with(4)
+    return found
+
+
+def test_mistakes_are_told_on_every_rank(pool: RankPool) -> None:
+    for found in pool.run(mistakes_on_rank, 4):
+        expected = [
+            "4 ranks are not a multiple of 3", "H=3 is not a multiple", "by name, not a Layout",
+            "ranks disagree", "ranks disagree", "ranks disagree", "query has 3", "query has 3",
+            "pass heads=",
+        ]  # fmt: skip
+        for text, part in zip(found, expected, strict=True):
+            assert part in text
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "auto", "balanced"])
+@pytest.mark.parametrize(("world_size", "gpus"), [(8, 4), (6, 2), (3, 8), (1, 8)])
+def test_all_plans(layout: str, world_size: int, gpus: int) -> None:
+    ids = torch.arange(1000) // 300
+    machine = rf.Machine(gpus_per_node=gpus, near=1e9, far=1e8)
+    plans = rf.plan_all(
+        rf.causal() & rf.document(ids), 1000, world_size, layout=layout, strategy="ulysses",
+        block_size=16, machine=machine,
+    )  # fmt: skip
+    held = torch.cat([plan.positions for plan in plans])
+    assert held.sort().values.tolist() == list(range(held.numel()))
+    assert {plan.local_len for plan in plans} == {held.numel() // world_size}
+    shape = rf.AttentionShape(heads=24, kv_heads=12, head_dim=16)
+    found = predict(plans, shape, machine)
+    for plan in plans:
+        assert plan.predict(shape, machine) == found
+        assert plan.nodes is not None and plan.strategy in plan.describe()
+    swaps = [s for s in found.spans if s.name == "heads"]
+    assert len(swaps) == 4 * world_size * (min(gpus, world_size) > 1)
+    alone = rf.plan_all(rf.causal() & rf.document(ids), 1000, 1, block_size=16)
+    assert found.flops == pytest.approx(predict(alone, shape, machine).flops)
+
+
+def test_a_picture(tmp_path: Path) -> None:
+    plan = rf.plan_all(
+        rf.causal(), 4096, 16, strategy="ulysses", machine=rf.Machine(gpus_per_node=8)
+    )[3]
+    plan.plot(str(tmp_path / "plan.html"))
+    page = (tmp_path / "plan.html").read_text()
+    assert "16 ranks" in page and "between 2 nodes" in page and "heads in 8 parts" in page
