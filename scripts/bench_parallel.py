@@ -210,6 +210,7 @@ def _traffic(world: World, spec: Spec, plan: rf.Plan, received: int) -> dict[str
     s = plan.stats
     planned = s.bytes_received(
         batch=1,
+        heads=spec.heads,
         kv_heads=spec.kv_heads,
         head_dim=spec.dim,
         v_head_dim=spec.dim,
@@ -283,7 +284,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, help="tokens of the whole sequence")
     parser.add_argument(
         "--strategies", nargs="+", default=["ring", "direct", "all_gather"],
-        choices=["auto", *STRATEGIES],
+        choices=["auto", *STRATEGIES, "ulysses"],
     )  # fmt: skip
     parser.add_argument(
         "--gpus-per-node", type=int, default=rf.Machine().gpus_per_node,

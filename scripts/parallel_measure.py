@@ -380,4 +380,5 @@ class _Nothing:
 def silent(plan: rf.Plan, world: World) -> rf.Plan:
     """The same plan, computing the same steps without any transfer."""
     comm = SilentCommunicator(plan.rank, plan.world_size, world.on_gpu)
-    return dataclasses.replace(plan, comm=comm)
+    nodes = None if plan.nodes is None else silent(plan.nodes, world)
+    return dataclasses.replace(plan, comm=comm, nodes=nodes)

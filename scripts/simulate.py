@@ -53,8 +53,8 @@ def simulate(
     shape = AttentionShape(heads=spec.heads, kv_heads=spec.kv_heads, head_dim=spec.dim)
     found = predict(plans, shape, machine)
     traffic = {
-        "batch": 1, "kv_heads": spec.kv_heads, "head_dim": spec.dim, "v_head_dim": spec.dim,
-        "dtype": spec.dtype, "backward": True,
+        "batch": 1, "heads": spec.heads, "kv_heads": spec.kv_heads, "head_dim": spec.dim,
+        "v_head_dim": spec.dim, "dtype": spec.dtype, "backward": True,
     }  # fmt: skip
     flops = p.pairs * spec.heads * spec.dim
     ideal = (4 / machine.forward + 10 / machine.backward) * flops / gpus
@@ -139,7 +139,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layouts", nargs="+", default=["auto"],
                         choices=["auto", *LAYOUTS, "balanced", "nested"])  # fmt: skip
     parser.add_argument("--strategies", nargs="+", default=["auto"],
-                        choices=["auto", *STRATEGIES])  # fmt: skip
+                        choices=["auto", *STRATEGIES, "ulysses"])  # fmt: skip
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=128)

@@ -82,6 +82,7 @@ def traffic(plans: Mapping[str, rf.Plan], batch_size: int, config: Config) -> tu
     received = [
         one.bytes_received(
             batch=batch_size,
+            heads=model.heads,
             kv_heads=model.kv_heads,
             head_dim=model.head_dim,
             v_head_dim=model.head_dim,

@@ -25,7 +25,7 @@ from attention_cases import LAYOUTS, STRATEGIES, Case, assert_equals_reference, 
 from ringflex.reference import Reference, reference_attention_with_gradients
 
 S, B, HQ, HKV, D, DV = 1000, 2, 4, 2, 64, 32
-EVERY_STRATEGY = (*STRATEGIES, "hierarchical")
+EVERY_STRATEGY = (*STRATEGIES, "hierarchical", "ulysses")
 STRESS_STEPS = 1000
 FAILURE_TIMEOUT = timedelta(seconds=10)
 
@@ -40,9 +40,10 @@ def masks(device: torch.device) -> dict[str, Any]:
     }
 
 
-def two_nodes() -> rf.Machine:
-    """Of which the ranks are said to be, for `hierarchical`."""
-    return rf.Machine(gpus_per_node=max(1, dist.get_world_size() // 2))
+def nodes(strategy: str) -> rf.Machine:
+    """Of which the ranks are said to be: two, but for "ulysses" with two GPUs each."""
+    gpus = 2 if strategy == "ulysses" else max(1, dist.get_world_size() // 2)
+    return rf.Machine(gpus_per_node=gpus)
 
 
 def relative_error(x: Tensor, want: Tensor) -> float:
@@ -93,7 +94,13 @@ def grid(device: torch.device) -> None:
         allowed[:4] = [limits[dtype]] * 4
         for layout, strategy in itertools.product(LAYOUTS, EVERY_STRATEGY):
             plan = rf.plan(
-                mask, S, B=B, layout=layout, strategy=strategy, block_size=64, machine=two_nodes()
+                mask,
+                S,
+                B=B,
+                layout=layout,
+                strategy=strategy,
+                block_size=64,
+                machine=nodes(strategy),
             )
             results = run_sharded(plan, tensors, score, shared, sinks=sinks)
             errors = list(map(relative_error, results, expected))
@@ -141,7 +148,7 @@ def stress(device: torch.device) -> None:
         layout, strategy = r.choice(LAYOUTS), r.choice(EVERY_STRATEGY)
         plan = rf.plan(
             mask, length, groups[step % 2], layout=layout, strategy=strategy, block_size=64,
-            machine=two_nodes(),
+            machine=nodes(strategy),
         )  # fmt: skip
         busy = dist.all_reduce(gradients, group=others, async_op=True)
         found = run_sharded(plan, whole, None, [])
