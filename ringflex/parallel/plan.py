@@ -5,7 +5,6 @@ Pure data, but for `unshard`, which needs the communicator that the plan was mad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -160,12 +159,6 @@ class Plan:
         """bool `[local_len]`, CPU; False where a slot is padding."""
         return self.positions < self.seq_len
 
-    @property
-    def may_leave_local(self) -> bool:
-        """Whether the backward of the local K/V may come last: until then the dK/dV are held that
-        others return, which must not be more than there are here."""
-        return may_leave_local(self.steps)
-
     def shard(self, x: Tensor, dim: int, fill: float = 0) -> Tensor:
         """This rank's slots of a tensor that holds the whole sequence; differentiable.
 
@@ -268,12 +261,6 @@ class Plan:
         from ringflex.parallel.picture import plot_plan
 
         plot_plan(self, path)
-
-
-def may_leave_local(steps: Sequence[Step]) -> bool:
-    """See `Plan.may_leave_local`; of any rank's steps."""
-    held = sum(t.count / len(t.blocks) for step in steps[:-1] for t in step.collects if t.of == 0)
-    return len(steps) > 1 and held <= steps[0].width
 
 
 def stats_of(

@@ -17,7 +17,7 @@ import numpy as np
 from ringflex.kernels.contract import compute_dtype
 from ringflex.masks.runs import Array
 from ringflex.parallel.machine import BACKWARD, FORWARD, AttentionShape, Machine
-from ringflex.parallel.plan import Plan, may_leave_local
+from ringflex.parallel.plan import Plan
 from ringflex.parallel.steps import Step, StepMaker, Transfer
 from ringflex.parallel.strategies import add_steps
 
@@ -187,7 +187,6 @@ class _Line:
     ) -> None:
         self.shape, self.machine, self.W = shape, machine, plan.world_size
         self.steps = list(zip(*steps, strict=True))
-        self.groups = plan.rows.B
         size, rows = plan.layout.block_size, plan.rows
         D, Dv = shape.dims
         self.elements = size * shape.kv_heads * (D + Dv) * shape.batch / rows.B  # of a block
@@ -222,7 +221,7 @@ class _Line:
 
     def backward(self) -> tuple[Array, Array]:
         """As `forward`. The local K/V are left behind: they fill the time that a rank would wait,
-        and the end (`behind`: what is left of them), if they may; in two passes, local dK/dV."""
+        and the end (`behind`: what is left of them); in two passes, local dK/dV."""
         machine, last = self.machine, len(self.steps) - 1
         queries = 0.0 if machine.one_pass else _QUERIES  # the share of a kernel for dQ alone
 
@@ -232,13 +231,11 @@ class _Line:
             return self._seconds(step, BACKWARD * share, machine.backward)
 
         start, waits = np.zeros(self.W), np.zeros(self.W)
-        leaves = np.array([may_leave_local(steps) for steps in zip(*self.steps, strict=True)])
-        behind = np.where(leaves, seconds(0, 1.0), 0.0)
+        alone = bool(last) and not queries  # the local step has nothing to do ahead
+        behind = seconds(0, float(alone))
         if queries:  # beside dQ, whose launch is counted
             behind = self.pairs[0] * BACKWARD * (1 - queries) * self.dim / machine.backward
         done = np.zeros(self.W)  # when nothing is
-        held = np.zeros(self.W)  # blocks of dK/dV that wait until the local ones are done
-        width = np.array([step.width for step in self.steps[0]])
 
         def fill(end: Array, gap: Array) -> Array:
             nonlocal behind, done
@@ -253,34 +250,23 @@ class _Line:
             waits = waits + gap - fill(end, gap)
             return end + gap
 
-        def settle(end: Array, number: int) -> Array:
-            """What a step has collected is added; to the local dK/dV when these are done."""
-            nonlocal held
-            collects = [
-                [t.count for t in step.collects if t.of == 0] for step in self.steps[number]
-            ]
-            held = held + np.array([sum(counts) / max(1, self.groups) for counts in collects])
-            return end + fill(end, np.where(held > width, behind, 0.0))
-
         for number in range(last + 1):
-            if number >= 2:
-                start = settle(start, number - 2)
             parts = [(number + 1, "receives")] if number < last else []
             parts += [(number - 1, "collects")] if number > 1 else []
             begun, lasts = self._exchange(parts, start)
             self._note_exchange(parts, begun, begun + lasts)
             slowed = self._slowed(number, lasts)
             if number == 0:
-                alone = leaves & (not queries)
                 made, end = start, start + seconds(0, queries or 1.0) + slowed
-                end, behind = np.where(alone, start, end), behind + np.where(alone, slowed, 0.0)
+                if alone:
+                    end, behind = start, behind + slowed
             else:
                 made = start + seconds(number, 1 - queries) + slowed
                 name = "backward dK, dV" if queries else "backward"
                 self._note("compute", name, number, start, made)
                 if number == last:
                     if number > 1:
-                        made = settle(wait(made, begun + lasts), last - 1)
+                        made = wait(made, begun + lasts)
                     begun, lasts = self._exchange([(last, "collects")], made)
                     self._note_exchange([(last, "collects")], begun, begun + lasts)
                 end = made + seconds(number, queries)

@@ -104,7 +104,7 @@ def backward(
     apart = kernel.has_separate_passes(q, v, options)
     calls = _Calls(plan, kernel, dout, q, terms, score, scale, dcaptures, options, apart)
     overlaps = not apart and kernel.may_overlap and not any(d is not None for d in dcaptures)
-    overlaps = overlaps and plan.may_leave_local
+    overlaps = overlaps and len(plan.steps) > 1
     lanes = Lanes(q.device)
     with lanes.ahead():
         returns = _Returns(plan, home, lanes, options)
@@ -292,7 +292,9 @@ class _Returns:
         self.own: Messages | None = None
         self.made: Pair | None = None  # to be packed
         self.coming: Messages | None = None
-        self.held: list[Messages] = []  # of the local K/V, to be added in the end
+        # What came of the local dK/dV while these are left behind: messages, or their sum.
+        self.held: list[Messages] = []
+        self.others: Pair | None = None
         self.packed = self.waiting = False
 
     def of(self, number: int, step: Step, held: Pair) -> Pair | None:
@@ -331,29 +333,44 @@ class _Returns:
         return own, self.coming
 
     def settle(self) -> None:
-        """Adds what came in; what is of the local K/V later, while these are left behind, but for
-        more than as many blocks as they are."""
+        """Adds what came in; what is of the local K/V, while these are left behind, to one another
+        as soon as it is more than they are."""
         coming, self.coming = self.coming, None
         if coming is None:
             return
         coming.add_to({n: x for n, x in self.kept.items() if n})
-        if any(t.of == 0 for t in coming.transfers):
-            self.held.append(coming)
-            blocks = sum(t.count for m in self.held for t in m.transfers if t.of == 0)
-            if not self.lanes.meeting or blocks > self.plan.steps[0].width * coming.groups:
-                self.lanes.meet()
-                self._add_held()
+        if not any(t.of == 0 for t in coming.transfers):
+            return
+        if not self.lanes.meeting:
+            coming.add_to({0: self.kept[0]})
+            return
+        self.held.append(coming)
+        blocks = sum(t.count for m in self.held for t in m.transfers if t.of == 0)
+        if self.others is not None or blocks > self.plan.steps[0].width * coming.groups:
+            if self.others is None:
+                self.others = _new(self.kept[0], self.kept[0].k.dtype)
+                _zero(self.others)
+            self._add_held(self.others)
 
-    def _add_held(self) -> None:
+    def _add_held(self, to: Pair) -> None:
         for messages in self.held:
-            messages.add_to({0: self.kept[0]})
+            messages.add_to({0: to})
         self.held = []
 
     def all_added(self, dtype: torch.dtype) -> Pair:
         """Of the local K/V, in `dtype`."""
-        home = self.kept[0]
+        home, others = self.kept[0], self.others
+        if others is not None:
+            if self.coming is not None:
+                self.held.append(self.coming)
+            self._add_held(others)
+            self.lanes.meet()
+            total = _new(home, dtype)
+            for x, y, out in zip(home, others, total, strict=True):
+                torch.add(x, y, out=out)
+            return total
         self.lanes.meet()
-        self._add_held()
+        self._add_held(home)
         if self.coming is None:
             return Pair(*(x.to(dtype) for x in home))
         return self.coming.added_to(home, dtype)

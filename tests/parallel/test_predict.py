@@ -128,13 +128,13 @@ def test_time_lines_hold_together(
         computed = spans_of(found, rank, "compute")
         for one, following in pairwise(computed):
             assert following.start >= one.end - 1e-12
-        left_behind = plan.steps[0].mask is not None and (plan.may_leave_local or not one_pass)
+        left_behind = plan.steps[0].mask is not None
         assert len(spans_of(found, rank, "behind")) == left_behind
         for number, step in enumerate(plan.steps):
             for way in (False, True):  # forward, backward
                 mine = [s for s in computed if s.step == number and (s.name != "forward") == way]
                 kernels = 2 if way and number and not one_pass else 1
-                if way and not number and one_pass and plan.may_leave_local:
+                if way and not number and one_pass:
                     kernels = 0
                 assert len(mine) == (step.mask is not None) * kernels
                 arrivals = [
