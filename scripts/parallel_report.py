@@ -1,4 +1,4 @@
-"""The record and the table of bench_parallel.py."""
+"""The record of benchmarks over several GPUs, and the table of bench_parallel.py."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def new_record(arguments: argparse.Namespace) -> dict[str, Any] | str:
         record = json.loads(arguments.output.read_text())
         if {key: record[key] for key in origin} != origin:
             return f"{arguments.output} was measured elsewhere: it cannot be merged with"
-    launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} scripts/bench_parallel.py"
+    script = f"scripts/{os.path.basename(sys.argv[0])}"
+    launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} {script}"
     command = shlex.join([*launcher.split(), *sys.argv[1:]])
     record["commands"].append({"command": command, "commit": arguments.commit or current_commit()})
     return record

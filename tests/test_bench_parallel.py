@@ -20,6 +20,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import parallel_measure as measuring  # noqa: E402
 import ringflex as rf  # noqa: E402
+from bench_longest import longest  # noqa: E402
 from parallel_peers import GatherZigzag, zigzag_positions  # noqa: E402
 from parallel_plots import ORDER, plot_all  # noqa: E402
 from parallel_report import table  # noqa: E402
@@ -230,3 +231,28 @@ def test_two_ranks_measure_and_merge(tmp_path):
     }  # fmt: skip
     for name in ("parallel-speed", "parallel-bytes", "parallel-memory", "trace"):
         assert (tmp_path / f"{name}.png").stat().st_size > 3000
+
+
+# The longest sequence
+
+
+def test_the_longest_sequence_fills_the_memory():
+    memory = 1_000_000
+    tried = []
+
+    def peak_at(tokens):
+        tried.append(tokens)
+        peak = 5_000 + 7 * tokens
+        return peak if peak <= memory else None
+
+    tokens = longest(peak_at, 1024, 128, 900_000)
+    assert tokens % 128 == 0 and 900_000 - 2 * 7 * 128 < peak_at(tokens) <= 900_000
+    assert len(tried) == 4  # twice to learn, once to see, and this test's
+
+
+def test_a_length_that_does_not_fit_is_shortened():
+    peaks = lambda tokens: 10 * tokens if tokens < 8000 else None  # fragments, say
+    tokens = longest(peaks, 1000, 100, 85_000)
+    assert 7500 <= tokens < 8000
+    with pytest.raises(RuntimeError, match="do not fit"):
+        longest(lambda tokens: None, 1000, 100, 85_000)

@@ -124,20 +124,32 @@ def test_triton_with_its_passes_apart(options: dict[str, object], world_size: in
         assert deviation(x, want) <= (5e-3 if NATIVE else 1e-5) * max(1.0, scale), name
 
 
-@pytest.mark.parametrize("options", [{}, {"backward": "one_pass"}], ids=str)
-@pytest.mark.parametrize(("layout", "strategy"), [("contiguous", "ring"), ("zigzag", "direct")])
+@pytest.mark.parametrize(
+    ("mask", "layout", "strategy", "world_size", "options"),
+    [
+        ("causal documents", "contiguous", "ring", 3, {}),
+        ("causal documents", "contiguous", "ring", 3, {"backward": "one_pass"}),
+        ("full", "zigzag", "direct", 5, {"backward": "one_pass"}),
+    ],
+)
 def test_two_lanes_compute_the_same(
-    layout: str, strategy: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    mask: str,
+    layout: str,
+    strategy: str,
+    world_size: int,
+    options: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Local queries in two parts, and gradients of local K/V added in the end, as on a GPU."""
+    """Local queries in two parts, if some see local K/V only, and gradients of local K/V added in
+    the end, as on a GPU: held one by one, or, of a full mask, in a sum of their own."""
     case = Case(
-        mask="causal documents", sinks=True, seq_len=150, B=2, Hq=2, Hkv=1, D=16, Dv=16,
+        mask=mask, sinks=True, seq_len=100, B=2, Hq=2, Hkv=1, D=16, Dv=16,
         block_size=16, dtype=torch.float16 if NATIVE else torch.float32,
     )  # fmt: skip
     kinds: dict[str, Any] = {
         "layout": layout, "strategy": strategy, "options": KernelOptions.of(dict(options)),
     }  # fmt: skip
-    one = without_sinks(simulate(case, 3, triton_kernel, **kinds))
+    one = without_sinks(simulate(case, world_size, triton_kernel, **kinds))
     monkeypatch.setattr(Lanes, "two", True)
     monkeypatch.setattr(Lanes, "meeting", True)
     forwards = 0
@@ -148,9 +160,12 @@ def test_two_lanes_compute_the_same(
         triton_kernel.forward(*arguments)
 
     kernel = SimpleNamespace(**{**vars(triton_kernel), "forward": counted})
-    plans = rf.plan_all(case.mask_mod(), 150, 3, B=2, H=2, block_size=16, layout=layout)
-    two = without_sinks(simulate(case, 3, kernel, **kinds))
-    assert forwards > sum(s.mask is not None for plan in plans for s in plan.steps)
+    two = without_sinks(simulate(case, world_size, kernel, **kinds))
+    p = case.build()
+    sizes = {"B": 2, "H": 2, "block_size": 16}
+    plans = rf.plan_all(p.mask, 100, world_size, layout=layout, strategy=strategy, **sizes)
+    steps = sum(s.mask is not None for plan in plans for s in plan.steps)
+    assert forwards > steps
     for name, x in two.items():
         torch.testing.assert_close(x, one[name], rtol=0, atol=5e-3 if NATIVE else 1e-5)
 
