@@ -242,16 +242,16 @@ class _Walk:
         steps, number = self.plan.steps, self.number
         sends: list[tuple[int, Tensor]] = []
         receives: list[tuple[int, Tensor]] = []
-        names = []
+        what: dict[str, int] = {}  # and of which step
         if number + 1 < len(steps):
             step = steps[number + 1]
+            what["K/V"] = number + 1
             block_size = self.plan.layout.block_size
             self.arriving = Messages(step.receives, self.local, block_size)
             leaving = Messages(step.sends, self.local, block_size)
             leaving.pack(self.kept)
             sends += leaving.to_peers
             receives += self.arriving.to_peers
-            names.append("K/V")
             self.kept = {of: x for of, x in self.kept.items() if self.last.get(of, 0) > number + 1}
             self.kept[0] = self.local
         else:
@@ -262,10 +262,10 @@ class _Walk:
             leaving, coming = self.returns.leave()
             sends += leaving.to_peers
             receives += coming.to_peers
-            names.append("dK/dV")
+            what["dK/dV"] = self.returns.number
         if sends or receives:
             self.exchange = _comm(self.plan).exchange(
-                sends, receives, name=", ".join(names), step=number
+                sends, receives, name=" and ".join(what), step=next(iter(what.values()))
             )
 
 
