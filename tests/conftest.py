@@ -21,6 +21,13 @@ def pytest_configure() -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+SLOWEST = ("test_kernels.py", "test_train.py")  # files, of which none may be the last to begin
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     marker = item.get_closest_marker("gpu")
     if marker is None:

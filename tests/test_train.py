@@ -285,22 +285,23 @@ def result(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "arguments"),
+    ("steps", "ranks", "arguments"),
     [
-        pytest.param(2, ("--seq-len", "1100"), id="cp2-padded"),
-        pytest.param(4, ("--seq-len", "1024"), id="cp4"),
-        pytest.param(4, ("--seq-len", "600", "--dp", "2", "--batch-size", "4"), id="dp2xcp2"),
+        pytest.param(50, 2, ("--seq-len", "1100"), id="cp2-padded"),
+        pytest.param(25, 4, ("--seq-len", "1024"), id="cp4"),
+        pytest.param(25, 4, ("--seq-len", "600", "--dp", "2", "--batch-size", "4"), id="dp2xcp2"),
+        pytest.param(10, 2, ("--seq-len", "1100", "--strategy", "ulysses"), id="ulysses2"),
     ],
 )
-def test_fifty_steps_have_the_losses_of_one_process(tmp_path, ranks, arguments):
-    output = launch(tmp_path, "--check", "--steps", "50", *arguments, ranks=ranks)
-    assert "check passed: 50 steps" in output
+def test_steps_have_the_losses_of_one_process(tmp_path, steps, ranks, arguments):
+    output = launch(tmp_path, "--check", "--steps", str(steps), *arguments, ranks=ranks)
+    assert f"check passed: {steps} steps" in output
     saved = result(tmp_path)
     assert (saved["dp"], saved["cp"]) == ((2, 2) if "--dp" in arguments else (1, ranks))
     many, one = saved["losses"], saved["one_rank_losses"]
-    assert len(many) == len(one) == 50
+    assert len(many) == len(one) == steps
     assert max(abs(a - b) / b for a, b in zip(many, one, strict=True)) <= 1e-5
-    assert sum(many[-5:]) < sum(many[:5]) - 2.5  # it learns: half a nat per byte at least
+    assert sum(many[-5:]) < sum(many[:5]) - steps / 20  # it learns: half a nat per byte, or a part
     for picture in ("loss.png", "plan-local.png", "plan-global.png"):
         assert (tmp_path / picture).stat().st_size > 1000
 

@@ -182,7 +182,13 @@ def test_garbage_beyond_the_keys_is_not_read() -> None:
         assert_equals_reference(case, found, f"tma={tma}")
 
 
-@pytest.mark.parametrize("score", ["relative", "alibi", "by position", "low rank", "composed"])
+# Triton's interpreter takes long for fixed point.
+FIXED_POINT = (
+    ["relative", "alibi", "by position", "low rank", "composed"] if ON_GPU else ["composed"]
+)
+
+
+@pytest.mark.parametrize("score", FIXED_POINT)
 def test_deterministic(score: str) -> None:
     """The same bits every run, and right."""
     case = replace(SMALL, mask="causal", score=score, dlse=True)
