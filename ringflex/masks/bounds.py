@@ -68,6 +68,7 @@ class MaskBounds:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.constants.__getitem__)
                 self.constants[node] = node.target(*args, **kwargs)
         self.tables: dict[tuple[fx.Node, int], _RangeTable] = {}
+        self.computes: dict[fx.Node, torch.dtype] = {}  # see _compute_dtype
 
     def classify(self, rectangles: Rectangles) -> Array:
         """int8 `[n]`: NONE, ALL or UNDECIDED for each rectangle."""
@@ -108,7 +109,9 @@ class MaskBounds:
         rule = RULES.get(packet)
         if rule is None:
             return unknown(dtype)
-        compute = _compute_dtype(node, dtype)
+        compute = self.computes.get(node)
+        if compute is None:
+            compute = self.computes[node] = _compute_dtype(node, dtype)
         try:
             args = [self._operand(arg, values, compute) for arg in node.args]
             kwargs = {k: self._operand(arg, values, compute) for k, arg in node.kwargs.items()}

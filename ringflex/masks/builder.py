@@ -123,7 +123,7 @@ class BlockMaskBuilder:
             rect = rect[:, left]
             rect, single = self._split(rect, q_starts)
             undecided.append(single)
-            for _ in range(2):
+            for _ in range(3):
                 if rect.shape[1] < _FEW:  # classifying takes as long for more
                     rect = np.concatenate(self._split(rect, q_starts), axis=1)
         whole, partial = self._settle(np.concatenate(undecided, axis=1), q_starts)

@@ -98,6 +98,8 @@ def settle(x: Interval, dtype: torch.dtype) -> Interval:
     whole = unknown(dtype)
     # In float64 the comparison itself cannot overflow; 2**62 leaves room for its rounding.
     limit = min(-float(torch.iinfo(dtype).min), 2.0**62)
+    if x.lo.dtype == np.int64 and _within(x, limit):
+        return x
     outside = (x.lo < -limit) | (x.hi >= limit) | (x.lo >= limit) | (x.hi < -limit)
     if x.lo.dtype.kind == "f":
         outside |= np.isnan(x.lo) | np.isnan(x.hi)
@@ -111,9 +113,16 @@ def settle(x: Interval, dtype: torch.dtype) -> Interval:
     return Interval(lo, hi)
 
 
+def _within(x: Interval, limit: float) -> bool:
+    """Whether all integers are less than `limit` in size."""
+    return bool(x.lo.size) and -limit < x.lo.min() and bool(x.hi.max() < limit)
+
+
 def _number(x: Interval) -> Interval:
     """int64 or float64, so that numpy's arithmetic is exact or rounded once."""
     if x.lo.dtype.kind == "f":
+        return x
+    if x.lo.dtype == np.int64 and _within(x, 2.0**31):
         return x
     if max(np.abs(x.lo.astype(np.float64)).max(), np.abs(x.hi.astype(np.float64)).max()) > 2.0**31:
         # Products and sums of larger integers may overflow int64: go on in outward-rounded float64.
@@ -189,6 +198,8 @@ def _comparison(
 ) -> Callable[[Interval, Interval], Interval]:
     def rule(x: Interval, y: Interval) -> Interval:
         lo, hi = certain(x, y), possible(x, y)
+        if x.lo.dtype.kind != "f" and y.lo.dtype.kind != "f":
+            return Interval(lo, hi)
         finite = np.isfinite(x.lo) & np.isfinite(x.hi) & np.isfinite(y.lo) & np.isfinite(y.hi)
         return Interval(lo & finite, hi | ~finite)  # an unbounded value may be NaN
 
