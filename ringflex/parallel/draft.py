@@ -16,6 +16,7 @@ from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.builder import BlockMaskBuilder
 from ringflex.masks.mods import MaskMod
 from ringflex.masks.runs import Array
+from ringflex.masks.trace import TracedMod
 from ringflex.masks.trace_cache import traced_mask
 from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
 from ringflex.parallel.links import Costs, whole_nodes
@@ -137,6 +138,7 @@ class Draft:
         self.layout = request.known_layout()
         self.rows: dict[int, list[BlockMask]] = {}
         self.heard: list[tuple[Reads, Work, str]] = []
+        self.shares: dict[tuple[str, Part], TracedMod] = {}  # masks of parts of the heads
         self.builders = {
             name: BlockMaskBuilder(
                 traced_mask(mask),
@@ -257,12 +259,20 @@ class Draft:
             )
         return plans
 
+    def share(self, part: Part) -> None:
+        """Makes ready for plans of a part of the heads, with what masks capture as it is now."""
+        for name, builder in self.builders.items():
+            if part.parts > 1 and "h" in builder.mask.uses and (name, part) not in self.shares:
+                mask, heads = self.masks[name], builder.H // part.parts
+                first = torch.tensor(part.place * heads)
+                of_part = lambda b, h, q, kv, mask=mask, first=first: mask(b, h + first, q, kv)
+                self.shares[name, part] = traced_mask(MaskMod(of_part, builder.mask.name)).frozen()
+
     def _of_heads(self, name: str, rows: BlockMask, part: Part) -> BlockMask:
         """A block mask for a part of the heads; the same one where it does not depend on them."""
-        if part.parts == 1 or (rows.H == 1 and "h" not in rows.mask.uses):
+        self.share(part)
+        mask = self.shares.get((name, part))
+        if mask is None:
             return rows
         heads = rows.H // part.parts
-        mask, first = self.masks[name], torch.tensor(part.place * heads)
-        of_part = lambda b, h, q_idx, kv_idx: mask(b, h + first, q_idx, kv_idx)
-        traced = traced_mask(MaskMod(of_part, rows.mask.name))
-        return rows.of_heads(part.place * heads, heads, traced)
+        return rows.of_heads(part.place * heads, heads, mask)

@@ -144,6 +144,7 @@ class Planning:
             masks = given if isinstance(given, Mapping) else {"": given}
             world_size = comm.size if comm else 1
             self.draft = Draft(masks, Request(world_size=world_size, **request))
+            self.draft.share(self.part)
         except Exception as error:  # the other ranks must hear of it where they wait for this one
             self.draft = error
 

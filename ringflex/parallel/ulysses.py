@@ -229,7 +229,10 @@ def attention(
         return autograd.attention(nodes, kernel, score, scale, options, q, k, v, sinks)
     heads = q.shape[1] // gpus
     if score is not None and score_mod is not None and "h" in score.uses:
-        first = torch.tensor(place * heads, device=q.device)
+        key = "first head", heads, q.device
+        if key not in plan.cache:  # which waits for the GPU
+            plan.cache[key] = torch.tensor(place * heads, device=q.device)
+        first = plan.cache[key]
         score = traced_score(_of_share(score_mod, first), compute_dtype(q.dtype))
     if sinks is not None:
         sinks = sinks[place * heads : (place + 1) * heads]

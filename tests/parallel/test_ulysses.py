@@ -1,5 +1,6 @@
 """Heads dealt to the GPUs of a node, the sequence to nodes: the same as any other strategy."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,33 @@ def several_on_rank(group: dist.ProcessGroup) -> None:
 
 def test_plans_of_several_masks(pool: RankPool) -> None:
     pool.run(several_on_rank, 4)
+
+
+def changing_on_rank(group: dist.ProcessGroup) -> None:
+    """A mask by head, whose captured tensor changes while the next batch is planned."""
+    reach = torch.tensor([3, 9, 27, 81])
+    mask = lambda b, h, q, kv: (q >= kv) & (q - kv < reach[h])
+    options = {"strategy": "ulysses", "block_size": 16, "H": 4, "B": 1}
+
+    def batches() -> Iterator[torch.Tensor]:
+        for factor in (1, 2, 3):
+            yield reach.clone()
+            reach.mul_(factor)
+
+    for wanted, plan in PlanPrefetcher(
+        batches(), lambda batch: mask, seq_len=96, group=group, **options
+    ):
+        assert isinstance(plan, rf.Plan) and plan.nodes is not None
+        place = dist.get_rank(group)
+        mine = plan.nodes.rows.to_dense()[0]
+        distance = torch.arange(96)[:, None] - torch.arange(96)
+        for h in range(2):
+            window = wanted[2 * place + h]
+            assert torch.equal(mine[h, :96, :96], (distance >= 0) & (distance < window))
+
+
+def test_what_masks_capture_may_change_while_others_are_planned(pool: RankPool) -> None:
+    pool.run(changing_on_rank, 2)
 
 
 def mistakes_on_rank(group: dist.ProcessGroup) -> list[str]:
