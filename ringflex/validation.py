@@ -103,7 +103,7 @@ def check_plan_fits(plan: Plan, q: Tensor, k: Tensor) -> None:
             f"the plan's process group moves {where} tensors, query is on {q.device}: "
             "make the group with the backend of the tensors (NCCL for GPUs, gloo for CPUs)"
         )
-    gpus = 1 if plan.nodes is None else plan.world_size // plan.nodes.world_size
+    gpus = plan.gpus_per_node
     if q.shape[1] % gpus or k.shape[1] % gpus:
         raise ValueError(
             f"strategy='ulysses' deals heads to the {gpus} GPUs of a node; query has {q.shape[1]}, "

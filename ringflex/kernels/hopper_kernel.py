@@ -31,7 +31,13 @@ from ringflex.kernels.hopper_launch import (
 )
 from ringflex.kernels.mod_tables import gradient_arguments
 from ringflex.kernels.stages import Stage
-from ringflex.kernels.triton_kernel import RowTerms, round_queries, row_terms, sum_of_queries
+from ringflex.kernels.triton_kernel import (
+    RowTerms,
+    make_ready,
+    round_queries,
+    row_terms,
+    sum_of_queries,
+)
 from ringflex.kernels.triton_launch import Prepared
 from ringflex.kernels.triton_math import ADD, unchanged
 from ringflex.kernels.triton_merge import Merge
@@ -40,7 +46,9 @@ from ringflex.kernels.triton_setup import Setup, alignment, describable, strided
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.trace import TracedMod
 
-__all__ = ["backward", "forward", "has_separate_passes", "may_overlap", "row_terms"]
+__all__ = [
+    "backward", "forward", "has_separate_passes", "make_ready", "may_overlap", "row_terms",
+]  # fmt: skip
 
 may_overlap = True  # see `contract`
 _STAYS = 128  # queries of a forward tile, keys of a backward tile

@@ -4,7 +4,7 @@ The last programs of a kernel end one by one, and the next kernel on the stream,
 all of them, finds room that nothing used: with documents or a window of few thousand tokens that is
 a tenth of the time. What others wait for runs *ahead*, on a stream of high priority. What nobody
 waits for is left *behind* on the program's own stream, to run wherever there is room: queries that
-see local K/V only, and local dK/dV.
+see local K/V only, and the backward of the local K/V.
 """
 
 from __future__ import annotations

@@ -140,6 +140,11 @@ class Plan:
         return self.layout.seq_len
 
     @property
+    def gpus_per_node(self) -> int:
+        """Among which "ulysses" deals the heads; 1 with other strategies."""
+        return 1 if self.nodes is None else self.world_size // self.nodes.world_size
+
+    @property
     def needs(self) -> Needs:
         """Which K/V blocks each rank's queries see."""
         return self.outline.reads.needs
@@ -221,8 +226,8 @@ class Plan:
         ]
         if self.nodes is not None:
             lines.append(
-                f"heads in {self.world_size // self.nodes.world_size} parts among the GPUs of a "
-                f"node; between {self.nodes.world_size} nodes, {self.nodes.strategy}:"
+                f"heads in {self.gpus_per_node} parts among the GPUs of a node; between "
+                f"{self.nodes.world_size} nodes, {self.nodes.strategy}:"
             )
         for i, step in enumerate(self.steps):
             blocks = step.mask.visible_blocks if step.mask else 0
@@ -261,6 +266,16 @@ class Plan:
         from ringflex.parallel.picture import plot_plan
 
         plot_plan(self, path)
+
+
+def swapped_bytes(
+    slots: int, heads: int, kv_heads: int, D: int, Dv: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """What "ulysses" exchanges within a node for so many token slots and a GPU's heads: q, k and v,
+    or their gradients; and out and lse, or theirs."""
+    size, lse = dtype.itemsize, compute_dtype(dtype).itemsize
+    there = slots * (heads * D + kv_heads * (D + Dv)) * size
+    return there, slots * heads * (Dv * size + lse)
 
 
 def stats_of(

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ringflex.kernels.contract import compute_dtype
 from ringflex.masks.runs import Array
 from ringflex.parallel.machine import BACKWARD, FORWARD, AttentionShape, Machine
-from ringflex.parallel.plan import Plan
+from ringflex.parallel.plan import Plan, swapped_bytes
 from ringflex.parallel.steps import Step, StepMaker, Transfer
 from ringflex.parallel.strategies import add_steps
 
@@ -69,8 +68,8 @@ def predict(
     if [p.rank for p in plans] != list(range(plans[0].world_size)):
         raise ValueError("predict() wants the plans of all ranks, in order: see plan_all()")
     if plans[0].nodes is not None:
-        gpus = plans[0].world_size // plans[0].nodes.world_size
-        nodes = [plan.nodes for plan in plans[::gpus] if plan.nodes is not None]
+        places = plans[:: plans[0].gpus_per_node]
+        nodes = [plan.nodes for plan in places if plan.nodes is not None]
         return _with_swaps(plans[0], partial(predict, nodes), shape, machine)
     work = [[s.mask.visible_blocks if s.mask else 0 for s in plan.steps] for plan in plans]
     return _prediction(plans[0], [plan.steps for plan in plans], work, shape, machine)
@@ -103,26 +102,20 @@ def _with_swaps(
     Raises:
         ValueError: heads are not multiples of the GPUs of a node.
     """
-    assert plan.nodes is not None
     shape, machine = shape or AttentionShape(), machine or Machine()
-    gpus = plan.world_size // plan.nodes.world_size
+    gpus = plan.gpus_per_node
     if shape.heads % gpus or shape.kv_heads % gpus:
         raise ValueError(
             f"strategy='ulysses' deals heads to the {gpus} GPUs of a node; {shape.heads} and "
             f"{shape.kv_heads} of K/V are not multiples"
         )
-    heads, kv_heads, (D, Dv) = shape.heads // gpus, shape.kv_heads // gpus, shape.dims
-    share = replace(shape, heads=heads, kv_heads=kv_heads)
+    share = replace(shape, heads=shape.heads // gpus, kv_heads=shape.kv_heads // gpus)
     found = between_nodes(share, replace(machine, gpus_per_node=1))
-    slots = shape.batch * plan.local_len * (gpus - 1)
-    size, lse = shape.dtype.itemsize, compute_dtype(shape.dtype).itemsize
-    there, back = (
-        slots * elements / machine.near + machine.latency * (gpus > 1)
-        for elements in (
-            (heads * D + kv_heads * (D + Dv)) * size,  # q, k, v; or their gradients
-            heads * (Dv * size + lse),  # out, lse; or their gradients
-        )
+    D, Dv = shape.dims
+    swapped = swapped_bytes(
+        shape.batch * plan.local_len * (gpus - 1), share.heads, share.kv_heads, D, Dv, shape.dtype
     )
+    there, back = (x / machine.near + machine.latency * (gpus > 1) for x in swapped)
     both = there + back
     spans = []
     swaps = [(0.0, there), (there + found.forward, back)]

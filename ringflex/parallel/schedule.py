@@ -70,6 +70,8 @@ def forward(
     lanes = Lanes(q.device)
     local = plan.steps[0].stage
     parts = None if local is None or not (lanes.two and kernel.may_overlap) else local.parts
+    if parts is not None:
+        kernel.make_ready(plan.steps[0].mask, q.device)  # for both lanes
     with nullcontext() if parts is None else lanes.ahead():
         for number, step, held in _Walk(plan, Pair(k, v)):
             if number == 0 and parts is not None:
@@ -208,7 +210,7 @@ class _Walk:
         self.plan, self.local, self.returns = plan, local, returns
         self.kept = {0: local}  # K/V that is still to be sent, by step
         self.last = {t.of: number for number, step in enumerate(plan.steps) for t in step.sends}
-        self.number = -1
+        self.number = 0
         self.arriving: Messages | None = None
         self.exchange: Exchange | None = None
 
@@ -223,7 +225,6 @@ class _Walk:
             self.number = number
             self._post()
             yield number, step, held
-            self.number += 1
 
     def wait(self) -> None:
         """What was posted is here."""

@@ -29,7 +29,7 @@ from ringflex.parallel.comm import Agreement, Communicator, Exchange
 from ringflex.parallel.draft import Draft, MaskFunction, Part, Request
 from ringflex.parallel.layout import Layout
 from ringflex.parallel.machine import Machine
-from ringflex.parallel.plan import Plan, PlanStats
+from ringflex.parallel.plan import Plan, PlanStats, swapped_bytes
 from ringflex.parallel.planner import Planning, tell
 
 NAME = "ulysses"
@@ -155,25 +155,23 @@ class UlyssesStats(PlanStats):
     def _bytes(self, *blocks: Any, heads: int | None = None, **shape: Any) -> int:
         if heads is None:
             raise TypeError(f"with strategy='{NAME}' bytes depend on the query heads: pass heads=")
-        kv_heads, D, Dv = shape["kv_heads"] // self.gpus, shape["head_dim"], shape["v_head_dim"]
+        kv_heads = shape["kv_heads"] // self.gpus
         between: int = super()._bytes(*blocks, heads=heads, **{**shape, "kv_heads": kv_heads})
-        heads //= self.gpus
-        size, lse = shape["dtype"].itemsize, compute_dtype(shape["dtype"]).itemsize
-        per_slot = (heads * D + kv_heads * (D + Dv) + heads * Dv) * size + heads * lse
-        ways = 2 if shape.get("backward") else 1
         slots = shape["batch"] * self.local_len * (self.gpus - 1)
-        return between + ways * slots * per_slot
+        dims = shape["head_dim"], shape["v_head_dim"]
+        swapped = swapped_bytes(slots, heads // self.gpus, kv_heads, *dims, shape["dtype"])
+        return between + sum(swapped) * (2 if shape.get("backward") else 1)
 
 
 class NodeCommunicator(Communicator):
-    """Of the ranks that have one place in all nodes, as if they were nodes."""
+    """Of the ranks that have one place in all nodes, as if they were nodes. Bytes are counted by
+    the communicator of all."""
 
     def __init__(self, parent: Communicator, agreement: Agreement, gpus: int) -> None:
         self.parent, self.gpus, self.place = parent, gpus, parent.rank % gpus
         self.group, self.on_gpu = parent.group, parent.on_gpu
         self.rank, self.size = parent.rank // gpus, parent.size // gpus
         self._agreement = agreement
-        self.bytes_sent = self.bytes_received = 0
 
     def prepare(self) -> Agreement:
         return _NodeAgreement(self._agreement, self.gpus)
@@ -223,8 +221,7 @@ def attention(
     """As `autograd.attention`, of a plan with `nodes`. score_mod: what `score` is the trace of."""
     nodes = plan.nodes
     assert nodes is not None
-    gpus = plan.world_size // nodes.world_size
-    place = plan.rank % gpus
+    gpus, place = plan.gpus_per_node, plan.rank % plan.gpus_per_node
     if gpus == 1:
         return autograd.attention(nodes, kernel, score, scale, options, q, k, v, sinks)
     heads = q.shape[1] // gpus
@@ -263,8 +260,8 @@ class _Swap(torch.autograd.Function):
 
 
 def _swap(plan: Plan, take: int, give: int, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    assert plan.comm is not None and plan.nodes is not None
-    gpus = plan.world_size // plan.nodes.world_size
+    assert plan.comm is not None
+    gpus = plan.gpus_per_node
     place, first = plan.rank % gpus, plan.rank // gpus * gpus
     parts = [[part.contiguous() for part in x.chunk(gpus, take)] for x in tensors]
     come = [[part if g == place else torch.empty_like(part) for g, part in enumerate(mine)]

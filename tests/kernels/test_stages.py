@@ -8,7 +8,7 @@ import torch
 
 import ringflex as rf
 from attention_cases import DEVICE
-from ringflex.kernels import eager, triton_kernel
+from ringflex.kernels import block_lists, eager, triton_kernel
 from ringflex.kernels.block_lists import query_lists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial
 from ringflex.kernels.stages import ACTIVE, BEGINS, ENDS, Stage
@@ -65,6 +65,23 @@ def test_a_stage_falls_into_what_goes_on_and_what_is_done() -> None:
     order = [x.order.reshape(-1)[: x.places].tolist() for x in places]
     assert order == [[2, 3, 1, 0], [1, 0], [2, 3]]  # longest first
     assert [x.work.tolist() for x in places] == [[3, 3, 2, 1], [2, 1], [3, 3]]
+
+
+def test_nothing_that_parts_share_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two streams read it, and neither waits for the other."""
+    plan = rf.plan_all(
+        rf.causal() & rf.document(torch.arange(256) // 100), 256, 2, layout="zigzag", block_size=16
+    )[0]
+    mask, stage = plan.steps[0].mask, plan.steps[0].stage
+    assert mask is not None and stage is not None and stage.parts is not None
+    triton_kernel.make_ready(mask, CPU)
+    sent: list[int] = []
+    send = block_lists.to_device
+    monkeypatch.setattr(block_lists, "to_device", lambda x, d: sent.append(x.size) or send(x, d))
+    for part in stage.parts:
+        query_lists(mask, CPU, part)
+    block_lists.positions(mask, CPU)
+    assert sent == [mask.q_blocks] * 2  # the order of each
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])

@@ -1,6 +1,8 @@
 """Many ranks, simulated in one process: the error does not grow with their number."""
 
+import threading
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,20 +154,31 @@ def test_two_lanes_compute_the_same(
     one = without_sinks(simulate(case, world_size, triton_kernel, **kinds))
     monkeypatch.setattr(Lanes, "two", True)
     monkeypatch.setattr(Lanes, "meeting", True)
-    forwards = 0
+    events: list[tuple[int, str]] = []  # of the ranks' threads
 
-    def counted(*arguments: Any) -> None:
-        nonlocal forwards
-        forwards += 1
-        triton_kernel.forward(*arguments)
+    def noted(what: str, call: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            events.append((threading.get_ident(), what))
+            return call(*arguments)
 
-    kernel = SimpleNamespace(**{**vars(triton_kernel), "forward": counted})
+        return run
+
+    monkeypatch.setattr(Lanes, "ahead", noted("part", Lanes.ahead))
+    watched = ("forward", "make_ready", "backward")
+    ours = {name: noted(name, getattr(triton_kernel, name)) for name in watched}
+    kernel = SimpleNamespace(**{**vars(triton_kernel), **ours})
     two = without_sinks(simulate(case, world_size, kernel, **kinds))
     p = case.build()
     sizes = {"B": 2, "H": 2, "block_size": 16}
     plans = rf.plan_all(p.mask, 100, world_size, layout=layout, strategy=strategy, **sizes)
     steps = sum(s.mask is not None for plan in plans for s in plan.steps)
-    assert forwards > steps
+    assert sum(what == "forward" for _, what in events) > steps
+    ranks = [[w for t, w in events if t == thread] for thread in {t for t, _ in events}]
+    assert len(ranks) == world_size and any("make_ready" in rank for rank in ranks)
+    for rank in ranks:  # the lanes part when what both read of a mask is on its way
+        before = [now for now, then in pairwise(rank) if (then, rank[0]) == ("part", "make_ready")]
+        assert rank[0] != "make_ready" or before[0] == "make_ready"
+        assert rank[0] == "make_ready" or rank.index("part") > rank.index("forward")
     for name, x in two.items():
         torch.testing.assert_close(x, one[name], rtol=0, atol=5e-3 if NATIVE else 1e-5)
 
