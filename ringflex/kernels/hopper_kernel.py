@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ringflex.kernels import triton_kernel
@@ -141,7 +142,7 @@ def backward(
     assert g.dq is not None and g.dk is not None and g.dv is not None
     setup = Setup.of(q, k, v, mask, options)
     dout = dout if describable(dout) else dout.contiguous()
-    heads = setup.batch * setup.kv_heads
+    heads = setup.batch * setup.heads
     tiles = heads * mask.kv_blocks * (mask.block_size[1] // _STAYS)
     few = g.running_q is None and tiles <= _FEW * multiprocessors(q.device)
     few = few and q.device.type == "cuda"  # not when compiling
@@ -155,20 +156,18 @@ def backward(
     wanted = () if mod is None else mod.wanted([d is not None for d in g.dcaptures])
     pairs = [] if mod is None else accumulators(mod, wanted)
     dq = sum_of_queries(g)
+    dk, dv = _sums_of_keys(g) if setup.group > 1 else (g.dk, g.dv)
     score_function = None if mod is None else mod.function()
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_m = 128 if max(D, Dv) <= 64 and mod is None else 64  # what registers allow
     key = (
-        "hopper backward", g.beside, kind_of(mod), score_function, dout.stride(), g.dk.dtype,
-        g.dk.stride(), g.dv.stride(), tuple(wanted), alignment(g.dk, g.dv),
+        "hopper backward", g.beside, kind_of(mod), score_function, dout.stride(), dk.dtype,
+        dk.stride(), dv.stride(), tuple(wanted), alignment(dk, dv),
     )  # fmt: skip
     ready = setup.prepared.get(key)
     if ready is None:
-        lists = key_lists(mask, setup.group, q.device, descending=True)
+        lists = key_lists(mask, 1, q.device, descending=True)
         tiles_m, tiles_n = mask.block_size[0] // block_m, mask.block_size[1] // _STAYS
-        # Programs that walk the same queries at the same time take all heads of a tile at once;
-        # those that do not, head by head: so what they share is in the L2 cache.
-        members = setup.group if lists.begin_together and mask.H == 1 else 1
         programs, *quota = queue(tiles, q.device, g.beside)
         score_gradient = None
         if mod is not None:
@@ -178,13 +177,13 @@ def backward(
             (programs, 1, 1),
             (
                 *setup.key_lists(lists), setup.mask_mod.tables, *setup.lengths[1:],
-                terms.delta.shape[2], setup.kv_heads, setup.group, members, lists.blocks,
-                *setup.row_strides(lists), *setup.order_strides(lists), setup.kv_stride,
+                terms.delta.shape[2], setup.heads, setup.group, lists.blocks,
+                *setup.row_strides(lists), setup.kv_stride,
                 1, heads, leading_tiles(lists, tiles_n, heads, q.device), *quota,
             ),
             (
                 setup.mask_mod.function, score_function, score_gradient, ADD.value,
-                setup.has_partial(lists), setup.positions.kv_in_order,
+                setup.has_partial(lists), setup.positions.kv_in_order, setup.group > 1,
                 block_m, tiles_m, tiles_n, D, D_PAD, Dv, DV_PAD, 2, *_REGISTERS,
             ),
             Tile(block_m, _STAYS, 4, 2),
@@ -193,13 +192,26 @@ def backward(
     ready(
         described(q, block_m, D_PAD), described(k, _GROUP, D_PAD), described(v, _GROUP, DV_PAD),
         described(dout, block_m, DV_PAD), *(described_flat(x, block_m) for x in terms),
-        described(dq, block_m, D_PAD // 2), strided(g.dk), strided(g.dv), counters(q.device),
+        described(dq, block_m, D_PAD // 2), strided(dk), strided(dv), counters(q.device),
         () if mod is None else mod.arguments, gradient_arguments(pairs), scale,
     )  # fmt: skip
     round_queries(g, dq)
+    if dk is not g.dk:
+        g.dk.copy_(dk)
+        g.dv.copy_(dv)
     if mod is not None and any(wanted):
         sums = iter(total for total, _ in pairs)
         mod.add_to_captures([next(sums) if want else None for want in wanted], g.dcaptures)
+
+
+def _sums_of_keys(g: Gradients) -> tuple[Tensor, Tensor]:
+    """Where query heads that share K/V add dK and dV, in fp32."""
+    assert g.dk is not None and g.dv is not None
+    if g.dk.dtype == torch.float32:
+        return g.dk.zero_(), g.dv.zero_()
+    sizes = g.dk.numel(), g.dv.numel()
+    dk, dv = torch.zeros(sum(sizes), dtype=torch.float32, device=g.dk.device).split(sizes)
+    return dk.view(g.dk.shape), dv.view(g.dv.shape)
 
 
 def _by_hand(options: KernelOptions) -> bool:
