@@ -92,6 +92,7 @@ def forward(
         tiles_m, tiles_n = mask.block_size[0] // _STAYS, mask.block_size[1] // block_n
         heads = setup.batch * setup.heads
         stages = 4 if max(D, Dv) <= 64 else 2
+        q_stages = 2 if max(D, Dv) <= 128 else 1  # what shared memory and registers allow
         programs, *quota = queue(heads * lists.places * tiles_m, q.device, beside)
         ready = Prepared(
             hopper_forward_kernel,
@@ -105,7 +106,7 @@ def forward(
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
                 setup.positions.kv_in_order, *merge.constants,
-                block_n, tiles_m, tiles_n, D_PAD, Dv, DV_PAD, stages, *_REGISTERS,
+                block_n, tiles_m, tiles_n, D_PAD, Dv, DV_PAD, stages, q_stages, *_REGISTERS,
             ),
             Tile(_STAYS, block_n, 4, stages),
         )  # fmt: skip
