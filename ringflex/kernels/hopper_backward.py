@@ -2,15 +2,14 @@
 
 The gradients of `triton_backward` in one pass of five products, after Shah et al.,
 "FlashAttention-3" (2024), section 3 and appendix B: a program keeps 128 keys, 64 to each of two
-warpgroups, and walks the queries of one head that see them. Scores are transposed, so that weights
-and their gradients are left operands of dV and dK out of registers; for dQ they go through shared
-memory, and each group computes half of dQ's columns from both halves of the keys. dQ is added into
-fp32 in global memory by TMA, in whatever order programs come to it; so are dK and dV, by atomics,
-where query heads share them.
+warpgroups, and walks the queries that see them, of all heads of a group or of some. Scores are
+transposed, so that weights and their gradients are left operands of dV and dK out of registers; for
+dQ they go through shared memory, and each group computes half of dQ's columns from both halves of
+the keys. dQ is added into fp32 in global memory by TMA, in whatever order programs come to it; so
+are dK and dV, by atomics, where heads of a group are apart.
 
 The scores of the next tile of queries are under way while the last products of one are. Programs
-take tiles of keys from a queue (`hopper_common`), query head by query head: what they have under
-way at any time is then of few heads, and mostly in the L2 cache.
+take tiles of keys from a queue (`hopper_common`).
 """
 
 from __future__ import annotations
@@ -45,18 +44,18 @@ from ringflex.kernels.triton_common import (
 
 KEYS = gl.constexpr(64)  # per warpgroup
 GROUPS = gl.constexpr(2)
-ITEM_WORDS = gl.constexpr(4)  # of a tile of queries: position, start, whether it is masked
+ITEM_WORDS = gl.constexpr(4)  # of a tile of queries: position, head, start, whether it is masked
 
 
 @gluon.jit
 def _load_list(
-    loaded, q, dout, lse, delta, buffers, barriers, items, b, h, of_head, run, tiles, runs,
+    loaded, q, dout, lse, delta, buffers, barriers, items, b, h, terms, run, tiles, runs,
     q_starts, padded_len,
     MASKED: gl.constexpr, BLOCK_M: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Loads the queries of one list, and what belongs to them.
 
-    of_head: where row terms of the head begin."""
+    terms: where those of the head begin."""
     q_buffers, dout_buffers, lse_rows, delta_rows = buffers[0], buffers[1], buffers[4], buffers[5]
     q_full, dout_full = barriers[0], barriers[1]
     tile, end, run, next_tile, next_end = first_tile(runs, run, TILES)
@@ -68,15 +67,16 @@ def _load_list(
             wait_for(FIRST_BARRIER + slot, HANDOVER)
         position = position_of(q_starts, at, BLOCK_M, TILES, False)
         write_word(items, slot * ITEM_WORDS, position)
-        write_word(items, slot * ITEM_WORDS + 1, row)
-        write_word(items, slot * ITEM_WORDS + 2, 1 if MASKED else 0)
+        write_word(items, slot * ITEM_WORDS + 1, h)
+        write_word(items, slot * ITEM_WORDS + 2, row)
+        write_word(items, slot * ITEM_WORDS + 3, 1 if MASKED else 0)
         mbarrier.expect(q_full.index(slot), q.block_type.nbytes + lse.block_type.nbytes)
-        tma_load(lse, [of_head + row], q_full.index(slot), lse_rows.index(slot))
+        tma_load(lse, [terms + row], q_full.index(slot), lse_rows.index(slot))
         tma_load(q, [b, h, row, 0], q_full.index(slot), q_buffers.index(slot))
         if loaded >= STAGES:
             wait_for(FIRST_BARRIER + STAGES + slot, HANDOVER)
         mbarrier.expect(dout_full.index(slot), dout.block_type.nbytes + delta.block_type.nbytes)
-        tma_load(delta, [of_head + row], dout_full.index(slot), delta_rows.index(slot))
+        tma_load(delta, [terms + row], dout_full.index(slot), delta_rows.index(slot))
         tma_load(dout, [b, h, row, 0], dout_full.index(slot), dout_buffers.index(slot))
         loaded += 1
         tile, end, run, next_tile, next_end = following_tile(
@@ -88,7 +88,7 @@ def _load_list(
 @gluon.jit
 def _produce(
     q, k, v, dout, lse, delta, shared, lists, padded_len, shape,
-    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr, SHARED: gl.constexpr,
+    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr, APART: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
@@ -98,10 +98,10 @@ def _produce(
     k_buffers, v_buffers = buffers[2], buffers[3]
     kv_full, kv_empty = barriers[2], barriers[3]
     rows, runs, order, q_starts, kv_starts = lists
-    heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b = shape[:6]
-    together, total_heads, leading = shape[6:9]
-    total = total_heads * blocks * TILES_N
-    left = shape[9] + gl.program_id(0) % shape[10]
+    heads, group, members, blocks, row_stride_b, row_stride_h = shape[:6]
+    order_stride_b, order_stride_h, kv_stride_b, together, units, leading = shape[6:12]
+    total = units * blocks * TILES_N
+    left = shape[12] + gl.program_id(0) % shape[13]
     work = take(counters)
     loaded = gl.to_tensor(0)
     given = gl.to_tensor(0)
@@ -110,25 +110,28 @@ def _produce(
         upcoming = total
         if left > 0:
             upcoming = take(counters)
-        head, place = head_and_place(work, together, total_heads, leading)
-        b, h = head // heads, head % heads
-        kv_head = h // group
-        first_row = b * row_stride_b + h * row_stride_h
-        block = gl.load(order + first_row + place // TILES_N)
+        unit, place = head_and_place(work, together, units, leading)
+        first = unit * members
+        b, first_h = first // heads, first % heads
+        in_order = b * order_stride_b + first_h // members * order_stride_h
+        block = gl.load(order + in_order + place // TILES_N)
         within = place % TILES_N * BLOCK_N
-        listed = rows + 4 * (first_row + block)
-        partial, full = gl.load(listed + 1) * TILES_M, gl.load(listed + 3) * TILES_M
+        listed = rows + 4 * (b * row_stride_b + first_h * row_stride_h + block)
+        count = gl.to_tensor(0)
+        for member in range(members):
+            of_head = listed + 4 * member * row_stride_h
+            count += gl.load(of_head + 1) + gl.load(of_head + 3)
         wanted = total > 0
-        if SHARED:
-            wanted = partial + full > 0
+        if APART:
+            wanted = count > 0
         if wanted:
             slot = given % 2
             mbarrier.wait(words_empty.index(slot), (given // 2 & 1) ^ 1)
             start = block * (TILES_N * BLOCK_N) + within
             starts = kv_starts + b * kv_stride_b
             kv_start = position_of(starts, block, BLOCK_N * TILES_N, 1, IN_ORDER)
-            write_word(words, slot * WORDS, partial + full)
-            write_word(words, slot * WORDS + 1, head)
+            write_word(words, slot * WORDS, count * TILES_M)
+            write_word(words, slot * WORDS + 1, first)
             write_word(words, slot * WORDS + 2, start)
             write_word(words, slot * WORDS + 3, kv_start + within)
             mbarrier.arrive(words_full.index(slot), count=1)
@@ -136,22 +139,26 @@ def _produce(
             mbarrier.wait(kv_empty.index(0), (given & 1) ^ 1)
             nbytes: gl.constexpr = GROUPS * (k.block_type.nbytes + v.block_type.nbytes)
             mbarrier.expect(kv_full.index(0), nbytes)
+            kv_head = first_h // group
             for c in gl.static_range(GROUPS):
                 row = start + c * KEYS
                 tma_load(k, [b, kv_head, row, 0], kv_full.index(0), k_buffers.index(c))
                 tma_load(v, [b, kv_head, row, 0], kv_full.index(0), v_buffers.index(c))
             given += 1
-            if PARTIAL:
+            for member in range(members):
+                of_head, h = listed + 4 * member * row_stride_h, first_h + member
+                terms = (first + member) * padded_len
+                if PARTIAL:
+                    loaded = _load_list(
+                        loaded, q, dout, lse, delta, buffers, barriers, items, b, h, terms,
+                        gl.load(of_head), gl.load(of_head + 1) * TILES_M, runs, q_starts,
+                        padded_len, True, BLOCK_M, TILES_M, STAGES,
+                    )  # fmt: skip
                 loaded = _load_list(
-                    loaded, q, dout, lse, delta, buffers, barriers, items, b, h, head * padded_len,
-                    gl.load(listed), partial, runs, q_starts, padded_len,
-                    True, BLOCK_M, TILES_M, STAGES,
+                    loaded, q, dout, lse, delta, buffers, barriers, items, b, h, terms,
+                    gl.load(of_head + 2), gl.load(of_head + 3) * TILES_M, runs, q_starts,
+                    padded_len, False, BLOCK_M, TILES_M, STAGES,
                 )  # fmt: skip
-            loaded = _load_list(
-                loaded, q, dout, lse, delta, buffers, barriers, items, b, h, head * padded_len,
-                gl.load(listed + 2), full, runs, q_starts, padded_len,
-                False, BLOCK_M, TILES_M, STAGES,
-            )  # fmt: skip
         work = upcoming
     slot = given % 2
     mbarrier.wait(words_empty.index(slot), (given // 2 & 1) ^ 1)
@@ -180,7 +187,7 @@ def _hidden(
 def _consume(
     q, dq, results, shared, lengths, heads, group, score_tables, mask_tables, into, scale,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
-    PARTIAL: gl.constexpr, SHARED: gl.constexpr, BLOCK_M: gl.constexpr,
+    PARTIAL: gl.constexpr, APART: gl.constexpr, BLOCK_M: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -209,9 +216,8 @@ def _consume(
     count = read_word(words, 0)
     while count >= 0:
         slot = taken % 2
-        head = read_word(words, slot * WORDS + 1)
+        b = read_word(words, slot * WORDS + 1) // heads
         kv_start = read_word(words, slot * WORDS + 3) + GROUP * KEYS
-        b, h = head // heads, head % heads
         kv_idx = (kv_start + gl.arange(0, KEYS, layout=gl.SliceLayout(1, S)))[:, None]
         dk = gl.zeros([KEYS, D_PAD], gl.float32, DK)
         dv = gl.zeros([KEYS, DV_PAD], gl.float32, DV_)
@@ -241,7 +247,8 @@ def _consume(
                 dp = warpgroup_mma(
                     v_tile, dout_tile.permute((1, 0)), zero, use_acc=False, is_async=True
                 )
-                row = read_word(items, slot * ITEM_WORDS + 1)
+                h = read_word(items, slot * ITEM_WORDS + 1)
+                row = read_word(items, slot * ITEM_WORDS + 2)
                 lse_row = lse_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
                 if score_mod is None:
                     p = gl.exp2(s * (scale * LOG2E) - lse_row)
@@ -255,7 +262,7 @@ def _consume(
                         score_mod(s_raw, b, h, q_idx, at_kv, score_tables) * LOG2E - lse_row
                     )
                 if PARTIAL:
-                    if read_word(items, slot * ITEM_WORDS + 2) != 0:
+                    if read_word(items, slot * ITEM_WORDS + 3) != 0:
                         p = _hidden(
                             p, b, h, read_word(items, slot * ITEM_WORDS), kv_idx, q_limit,
                             kv_limit, mask_tables, mask_mod, BLOCK_M, S,
@@ -309,9 +316,9 @@ def _consume(
         start = read_word(words, slot * WORDS + 2) + GROUP * KEYS
         mbarrier.arrive(words_empty.index(slot), count=1)
         taken += 1
-        b, h = head // heads, head % heads
-        _write(dk_out, dk * scale, b, h // group, start, kv_len, SHARED, D, D_PAD, DK)
-        _write(dv_out, dv, b, h // group, start, kv_len, SHARED, DV, DV_PAD, DV_)
+        b, kv_head = head // heads, head % heads // group
+        _write(dk_out, dk * scale, b, kv_head, start, kv_len, APART, D, D_PAD, DK)
+        _write(dv_out, dv, b, kv_head, start, kv_len, APART, DV, DV_PAD, DV_)
         slot = taken % 2
         mbarrier.wait(words_full.index(slot), taken // 2 & 1)
         count = read_word(words, slot * WORDS)
@@ -321,7 +328,7 @@ def _consume(
 @gluon.jit
 def _write(
     x, value, b, h, start, length,
-    SHARED: gl.constexpr, D: gl.constexpr, D_PAD: gl.constexpr, LAYOUT: gl.constexpr,
+    APART: gl.constexpr, D: gl.constexpr, D_PAD: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's rows of `x[b, h]`, up to `length` and `D`; or adds them there."""
     rows = gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT))
@@ -330,7 +337,7 @@ def _write(
     inside = (start + rows < length)[:, None]
     if D < D_PAD:
         inside = inside & (cols < D)[None, :]
-    if SHARED:
+    if APART:
         places = base + (rows[:, None] * D + cols[None, :])
         gl.atomic_add(places, value, mask=inside, sem="relaxed")
     else:
@@ -340,18 +347,19 @@ def _write(
 
 @gluon.jit(
     do_not_specialize=[
-        "kv_len", "q_limit", "kv_limit", "padded_len", "heads", "group", "blocks",
-        "row_stride_b", "row_stride_h", "kv_stride_b", "together", "total_heads", "leading", "quota",
-        "spread",
+        "kv_len", "q_limit", "kv_limit", "padded_len", "heads", "group", "members", "blocks",
+        "row_stride_b", "row_stride_h", "order_stride_b", "order_stride_h", "kv_stride_b",
+        "together", "units", "leading", "quota", "spread",
     ]
 )  # fmt: skip
 def hopper_backward_kernel(
     q, k, v, dout, lse, delta, dq, dk, dv, counters, score_tables, into, scale,
     rows, runs, order, q_starts, kv_starts, mask_tables,
-    kv_len, q_limit, kv_limit, padded_len, heads, group, blocks,
-    row_stride_b, row_stride_h, kv_stride_b, together, total_heads, leading, quota, spread,
+    kv_len, q_limit, kv_limit, padded_len, heads, group, members, blocks,
+    row_stride_b, row_stride_h, order_stride_b, order_stride_h, kv_stride_b, together,
+    units, leading, quota, spread,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
-    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr, SHARED: gl.constexpr,
+    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr, APART: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -361,9 +369,10 @@ def hopper_backward_kernel(
     q, dout: descriptors of `[1, 1, BLOCK_M, padded dim]`. k, v: of `[1, 1, 64, padded dim]`.
     lse, delta: the row terms, flat, by descriptors of `[BLOCK_M]`. dq: fp32, contiguous, zeros at
     first, by a descriptor of `[1, 1, BLOCK_M, padded dim / 2]`. dk, dv: (pointer, strides).
-    SHARED: whether several query heads share them; then they are fp32 and zeros at first.
-    order: as in the forward, of keys. counters, together, total_heads, leading: as in
-    `hopper_forward_kernel`. The rest as in `triton_backward.key_kernel`.
+    members: query heads that a tile serves, one after the other; APART: fewer than a group has,
+    so that dk, dv are fp32, and zeros at first. counters, together, units (heads / members, of all
+    batch elements), leading: as in `hopper_forward_kernel`. The rest as in
+    `triton_backward.key_kernel`.
     """
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_M], q.dtype)
     q_buffers = gl.allocate_shared_memory(q.dtype, [STAGES] + q.block_type.shape, q.layout)
@@ -401,25 +410,25 @@ def hopper_backward_kernel(
     lists = (rows, runs, order, q_starts, kv_starts)
     lengths = (kv_len, q_limit, kv_limit)
     shape = (
-        heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together, total_heads,
-        leading, quota, spread,
+        heads, group, members, blocks, row_stride_b, row_stride_h, order_stride_b,
+        order_stride_h, kv_stride_b, together, units, leading, quota, spread,
     )  # fmt: skip
     # Both times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(
         [
             (_consume, (
                 q, dq, (dk, dv), shared, lengths, heads, group, score_tables, mask_tables, into,
-                scale, mask_mod, score_mod, score_grad, HOW, PARTIAL, SHARED, BLOCK_M,
+                scale, mask_mod, score_mod, score_grad, HOW, PARTIAL, APART, BLOCK_M,
                 D, D_PAD, DV, DV_PAD, STAGES, 0,
             )),
             (_consume, (
                 q, dq, (dk, dv), shared, lengths, heads, group, score_tables, mask_tables, into,
-                scale, mask_mod, score_mod, score_grad, HOW, PARTIAL, SHARED, BLOCK_M,
+                scale, mask_mod, score_mod, score_grad, HOW, PARTIAL, APART, BLOCK_M,
                 D, D_PAD, DV, DV_PAD, STAGES, 1,
             )),
             (_produce, (
                 q, k, v, dout, lse, delta, shared, lists, padded_len, shape,
-                PARTIAL, IN_ORDER, SHARED, BLOCK_M, TILES_M, TILES_N, STAGES,
+                PARTIAL, IN_ORDER, APART, BLOCK_M, TILES_M, TILES_N, STAGES,
             )),
         ],
         [4, 1],

@@ -228,20 +228,24 @@ def _softmax(
 
 @gluon.jit
 def _step(
-    number, carry, q, k_tiles, v_tiles, barriers, positions, zero, b, h, q_idx, kv_limit,
-    scale, mask_tables, score_tables,
+    number, carry, q_slot, buffers, barriers, positions, zero, b, h, q_idx, kv_limit, scale,
+    mask_tables, score_tables,
     MASKED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, S: gl.constexpr, O: gl.constexpr, P: gl.constexpr,
-    K_SHAPE: gl.constexpr, V_SHAPE: gl.constexpr,
+    Q_SHAPE: gl.constexpr, K_SHAPE: gl.constexpr, V_SHAPE: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of tile `number`, while the weights before it meet their values."""
     acc, p, m, l = carry
+    q_tiles, k_tiles, v_tiles = buffers
     k_full, v_full = barriers[2], barriers[3]
     slot, turn = number % STAGES, number // STAGES & 1
     v_slot, v_turn = (number - 1) % STAGES, (number - 1) // STAGES & 1
     mbarrier.wait(k_full.index(slot), turn)
     k_tile = k_tiles.index(slot).reshape(K_SHAPE)
-    s = warpgroup_mma(q, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    # Plus 0, which the assembler does not know: what it took out of both loops, it once computed
+    # before the first one only, which may be left out (ptxas 12.8).
+    q_tile = q_tiles.index(q_slot + (number >> 30)).reshape(Q_SHAPE)
+    s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(v_slot), v_turn)
     v_tile = v_tiles.index(v_slot).reshape(V_SHAPE)
     adding = warpgroup_mma(unpacked(p, k_tiles.dtype, P), v_tile, acc, is_async=True)
@@ -280,7 +284,7 @@ def _consume(
     dtype: gl.constexpr = q.dtype
     buffers, barriers, queue, positions = shared
     words, words_full, words_empty = queue[1], queue[2], queue[3]
-    q_buffers, k_buffers, v_buffers = buffers
+    v_buffers = buffers[2]
     q_full, q_empty, k_full, v_full = barriers
     q_len, q_limit, kv_limit = lengths
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
@@ -327,21 +331,20 @@ def _consume(
             )  # fmt: skip
             carry = acc, packed(p, dtype), m, l
             q_slot = with_keys % Q_STAGES * GROUPS + GROUP
-            q_tile = q_buffers.index(q_slot).reshape([ROWS, D_PAD])
             if PARTIAL:
                 for number in range(done + 1, done + partial):
                     carry = _step(
-                        number, carry, q_tile, k_buffers, v_buffers, barriers, positions, zero, b,
-                        h, q_idx, kv_limit, scale, mask_tables, score_tables,
+                        number, carry, q_slot, buffers, barriers, positions, zero, b, h, q_idx,
+                        kv_limit, scale, mask_tables, score_tables,
                         True, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                        [BLOCK_N, D_PAD], [BLOCK_N, DV_PAD],
+                        [ROWS, D_PAD], [BLOCK_N, D_PAD], [BLOCK_N, DV_PAD],
                     )  # fmt: skip
             for number in range(done + gl.maximum(partial, 1), done + count):
                 carry = _step(
-                    number, carry, q_tile, k_buffers, v_buffers, barriers, positions, zero, b,
-                    h, q_idx, kv_limit, scale, mask_tables, score_tables,
+                    number, carry, q_slot, buffers, barriers, positions, zero, b, h, q_idx,
+                    kv_limit, scale, mask_tables, score_tables,
                     False, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                    [BLOCK_N, D_PAD], [BLOCK_N, DV_PAD],
+                    [ROWS, D_PAD], [BLOCK_N, D_PAD], [BLOCK_N, DV_PAD],
                 )  # fmt: skip
             acc, p16, m, l = carry
             mbarrier.arrive(q_empty.index(q_slot), count=1)

@@ -26,6 +26,7 @@ from ringflex.kernels.hopper_launch import (
     counters,
     described,
     described_flat,
+    l2_cache,
     leading_tiles,
     multiprocessors,
     queue,
@@ -143,8 +144,7 @@ def backward(
     assert g.dq is not None and g.dk is not None and g.dv is not None
     setup = Setup.of(q, k, v, mask, options)
     dout = dout if describable(dout) else dout.contiguous()
-    heads = setup.batch * setup.heads
-    tiles = heads * mask.kv_blocks * (mask.block_size[1] // _STAYS)
+    tiles = setup.batch * setup.kv_heads * mask.kv_blocks * (mask.block_size[1] // _STAYS)
     few = g.running_q is None and tiles <= _FEW * multiprocessors(q.device)
     few = few and q.device.type == "cuda"  # not when compiling
     many = terms.delta.numel() >= 2**31  # row terms, whose places are counted in 32 bits
@@ -157,7 +157,8 @@ def backward(
     wanted = () if mod is None else mod.wanted([d is not None for d in g.dcaptures])
     pairs = [] if mod is None else accumulators(mod, wanted)
     dq = sum_of_queries(g)
-    dk, dv = _sums_of_keys(g) if setup.group > 1 else (g.dk, g.dv)
+    members = _heads_of_a_tile(setup, q.device)
+    dk, dv = (g.dk, g.dv) if members == setup.group else _sums_of_keys(g)
     score_function = None if mod is None else mod.function()
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_m = 128 if max(D, Dv) <= 64 and mod is None else 64  # what registers allow
@@ -167,9 +168,10 @@ def backward(
     )  # fmt: skip
     ready = setup.prepared.get(key)
     if ready is None:
-        lists = key_lists(mask, 1, q.device, descending=True)
+        lists = key_lists(mask, members, q.device, descending=True)
+        units = setup.batch * setup.heads // members
         tiles_m, tiles_n = mask.block_size[0] // block_m, mask.block_size[1] // _STAYS
-        programs, *quota = queue(tiles, q.device, g.beside)
+        programs, *quota = queue(tiles * setup.group // members, q.device, g.beside)
         score_gradient = None
         if mod is not None:
             score_gradient = mod.gradient(wanted or [False] * len(mod.tables))
@@ -178,13 +180,13 @@ def backward(
             (programs, 1, 1),
             (
                 *setup.key_lists(lists), setup.mask_mod.tables, *setup.lengths[1:],
-                terms.delta.shape[2], setup.heads, setup.group, lists.blocks,
-                *setup.row_strides(lists), setup.kv_stride,
-                1, heads, leading_tiles(lists, tiles_n, heads, q.device), *quota,
+                terms.delta.shape[2], setup.heads, setup.group, members, lists.blocks,
+                *setup.row_strides(lists), *setup.order_strides(lists, setup.heads // members),
+                setup.kv_stride, 1, units, leading_tiles(lists, tiles_n, units, q.device), *quota,
             ),
             (
                 setup.mask_mod.function, score_function, score_gradient, ADD.value,
-                setup.has_partial(lists), setup.positions.kv_in_order, setup.group > 1,
+                setup.has_partial(lists), setup.positions.kv_in_order, members < setup.group,
                 block_m, tiles_m, tiles_n, D, D_PAD, Dv, DV_PAD, 2, *_REGISTERS,
             ),
             Tile(block_m, _STAYS, 4, 2),
@@ -205,8 +207,20 @@ def backward(
         mod.add_to_captures([next(sums) if want else None for want in wanted], g.dcaptures)
 
 
+def _heads_of_a_tile(setup: Setup, device: torch.device) -> int:
+    """Query heads that a tile of keys serves: its whole group, so that dK and dV are written once;
+    or one, where programs walk the same queries at the same time, and those of a group do not fit
+    into the L2 cache."""
+    mask = setup.mask
+    of_a_head = mask.q_blocks * mask.block_size[0] * (6 * setup.dims[0] + 2 * setup.dims[2])
+    if setup.group * of_a_head <= l2_cache(device):
+        return setup.group
+    together = key_lists(mask, setup.group, device, descending=True).begin_together
+    return 1 if together else setup.group
+
+
 def _sums_of_keys(g: Gradients) -> tuple[Tensor, Tensor]:
-    """Where query heads that share K/V add dK and dV, in fp32."""
+    """Where heads of a group add dK and dV, in fp32."""
     assert g.dk is not None and g.dv is not None
     if g.dk.dtype == torch.float32:
         return g.dk.zero_(), g.dv.zero_()

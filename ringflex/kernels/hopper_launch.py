@@ -104,3 +104,12 @@ def counters(device: torch.device) -> Tensor:
     ring = _ring(device)
     ring.next = (ring.next + 1) % _COUNTERS
     return ring.pairs[ring.next]
+
+
+@functools.cache
+def l2_cache(device: torch.device) -> int:
+    """Bytes of a GPU's L2 cache; as many as a Hopper has where there is none."""
+    if device.type != "cuda":
+        return 50 << 20
+    size: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return size

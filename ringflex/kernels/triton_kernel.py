@@ -260,7 +260,8 @@ class _Backward:
                 (
                     *setup.key_lists(lists), setup.mask_mod.tables, *setup.lengths,
                     self.terms.delta.shape[2], setup.kv_heads, setup.group, lists.blocks,
-                    *setup.row_strides(lists), *setup.order_strides(lists), setup.kv_stride,
+                    *setup.row_strides(lists), *setup.order_strides(lists, setup.kv_heads),
+                    setup.kv_stride,
                 ),
                 (
                     setup.mask_mod.function, self.score_function, self.gradient_function(wanted),

@@ -141,10 +141,11 @@ class Setup:
         by_head = lists.blocks if self.mask.H > 1 else 0
         return lists.blocks * self.mask.H if self.mask.B > 1 else 0, by_head
 
-    def order_strides(self, lists: BlockLists) -> tuple[int, int]:
-        """The same of `lists.order`, for lists of keys: heads of a group have one order."""
+    def order_strides(self, lists: BlockLists, units: int) -> tuple[int, int]:
+        """The same of `lists.order`, for lists of keys: heads of a group have one order; or as
+        many heads as make `units` of all."""
         apart = self.mask.H > 1
-        per_batch = lists.blocks * (self.kv_heads if apart else 1)
+        per_batch = lists.blocks * (units if apart else 1)
         return per_batch if self.mask.B > 1 else 0, lists.blocks if apart else 0
 
 
