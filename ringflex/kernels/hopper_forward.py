@@ -5,8 +5,8 @@ one warp loads tiles by TMA; two warpgroups of 64 queries each multiply asynchro
 weights in registers. While a group computes the softmax of one tile, its product of the weights
 before with their values is under way, and so is the other group's work.
 
-Programs take tiles from a queue (`hopper_common`). The next tile's queries and first keys arrive,
-and their scores are under way, while the last one's values are still added up and written.
+Programs take tiles from a queue (`hopper_common`): the next tile's queries and first keys arrive
+while the last one's values are still added up and written.
 """
 
 from __future__ import annotations
@@ -93,7 +93,6 @@ def _produce(
     score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     IN_PLACE: gl.constexpr, STAGED: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
     BLOCK_M: gl.constexpr = GROUPS * ROWS
@@ -144,10 +143,9 @@ def _produce(
             given += 1
             if partial + full > 0:
                 for c in gl.static_range(GROUPS):
-                    at = with_keys % Q_STAGES * GROUPS + c
-                    mbarrier.wait(q_empty.index(at), (with_keys // Q_STAGES & 1) ^ 1)
-                    mbarrier.expect(q_full.index(at), q.block_type.nbytes)
-                    tma_load(q, [b, h, start + c * ROWS, 0], q_full.index(at), q_buffers.index(at))
+                    mbarrier.wait(q_empty.index(c), (with_keys & 1) ^ 1)
+                    mbarrier.expect(q_full.index(c), q.block_type.nbytes)
+                    tma_load(q, [b, h, start + c * ROWS, 0], q_full.index(c), q_buffers.index(c))
                 with_keys += 1
                 first, kv_head, starts = loaded, h // group, kv_starts + b * kv_stride_b
                 if PARTIAL:
@@ -228,24 +226,20 @@ def _softmax(
 
 @gluon.jit
 def _step(
-    number, carry, q_slot, buffers, barriers, positions, zero, b, h, q_idx, kv_limit, scale,
-    mask_tables, score_tables,
+    number, carry, q, k_tiles, v_tiles, barriers, positions, zero, b, h, q_idx, kv_limit,
+    scale, mask_tables, score_tables,
     MASKED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, S: gl.constexpr, O: gl.constexpr, P: gl.constexpr,
-    Q_SHAPE: gl.constexpr, K_SHAPE: gl.constexpr, V_SHAPE: gl.constexpr,
+    K_SHAPE: gl.constexpr, V_SHAPE: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of tile `number`, while the weights before it meet their values."""
     acc, p, m, l = carry
-    q_tiles, k_tiles, v_tiles = buffers
     k_full, v_full = barriers[2], barriers[3]
     slot, turn = number % STAGES, number // STAGES & 1
     v_slot, v_turn = (number - 1) % STAGES, (number - 1) // STAGES & 1
     mbarrier.wait(k_full.index(slot), turn)
     k_tile = k_tiles.index(slot).reshape(K_SHAPE)
-    # Plus 0, which the assembler does not know: what it took out of both loops, it once computed
-    # before the first one only, which may be left out (ptxas 12.8).
-    q_tile = q_tiles.index(q_slot + (number >> 30)).reshape(Q_SHAPE)
-    s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma(q, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(v_slot), v_turn)
     v_tile = v_tiles.index(v_slot).reshape(V_SHAPE)
     adding = warpgroup_mma(unpacked(p, k_tiles.dtype, P), v_tile, acc, is_async=True)
@@ -271,33 +265,25 @@ def _consume(
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, STAGED: gl.constexpr,
     MERGE_FIRST: gl.constexpr, BLOCK_N: gl.constexpr,
     D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, GROUP: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup of consumers: rows `GROUP * ROWS` and on of each tile.
-
-    With two stages of queries, a tile's first scores are under way while the last tile is written.
-    """
-    AHEAD: gl.constexpr = Q_STAGES > 1
+    """A warpgroup of consumers: rows `GROUP * ROWS` and on of each tile."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     dtype: gl.constexpr = q.dtype
     buffers, barriers, queue, positions = shared
     words, words_full, words_empty = queue[1], queue[2], queue[3]
-    v_buffers = buffers[2]
+    q_buffers, k_buffers, v_buffers = buffers
     q_full, q_empty, k_full, v_full = barriers
     q_len, q_limit, kv_limit = lengths
+    q_tile = q_buffers.index(GROUP).reshape([ROWS, D_PAD])
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
     taken = gl.to_tensor(0)
     with_keys = gl.to_tensor(0)
     done = gl.to_tensor(0)
     mbarrier.wait(words_full.index(0), 0)
     count = read_word(words, 0)
-    if AHEAD:
-        s = _first_scores(
-            count, with_keys, done, buffers, barriers, zero, BLOCK_N, D_PAD, STAGES, Q_STAGES, GROUP
-        )
-        s = warpgroup_mma_wait(0, deps=(s,))
     while count >= 0:
         slot = taken % 2
         partial = read_word(words, slot * WORDS + 1)
@@ -309,111 +295,60 @@ def _consume(
         taken += 1
         b, h = head // heads, head % heads
         acc = gl.zeros([ROWS, DV_PAD], gl.float32, O)
+        m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
+        l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
         if count > 0:
             q_position = q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
             q_idx = gl.minimum(q_position, q_limit - 1)[:, None]
-            if not AHEAD:
-                s = _first_scores(
-                    count, with_keys, done, buffers, barriers, zero, BLOCK_N, D_PAD, STAGES,
-                    Q_STAGES, GROUP,
-                )  # fmt: skip
-                s = warpgroup_mma_wait(0, deps=(s,))
-            slot = done % STAGES
+            slot, kv_turn = done % STAGES, done // STAGES & 1
+            mbarrier.wait(q_full.index(GROUP), with_keys & 1)
+            mbarrier.wait(k_full.index(slot), kv_turn)
+            k_tile = k_buffers.index(slot).reshape([BLOCK_N, D_PAD])
+            s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
             kv_start = gl.to_tensor(0)
             if PARTIAL or score_mod is not None:
                 kv_start = read_word(positions, slot)
+            s = warpgroup_mma_wait(0, deps=(s,))
             come(FIRST_BARRIER + slot, HANDOVER)
-            m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
-            l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
             p, m, l, shrink = _softmax(
                 s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables,
                 score_tables, PARTIAL, mask_mod, score_mod, BLOCK_N, S,
             )  # fmt: skip
             carry = acc, packed(p, dtype), m, l
-            q_slot = with_keys % Q_STAGES * GROUPS + GROUP
             if PARTIAL:
                 for number in range(done + 1, done + partial):
                     carry = _step(
-                        number, carry, q_slot, buffers, barriers, positions, zero, b, h, q_idx,
-                        kv_limit, scale, mask_tables, score_tables,
+                        number, carry, q_tile, k_buffers, v_buffers, barriers, positions, zero, b,
+                        h, q_idx, kv_limit, scale, mask_tables, score_tables,
                         True, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                        [ROWS, D_PAD], [BLOCK_N, D_PAD], [BLOCK_N, DV_PAD],
+                        [BLOCK_N, D_PAD], [BLOCK_N, DV_PAD],
                     )  # fmt: skip
             for number in range(done + gl.maximum(partial, 1), done + count):
                 carry = _step(
-                    number, carry, q_slot, buffers, barriers, positions, zero, b, h, q_idx,
-                    kv_limit, scale, mask_tables, score_tables,
+                    number, carry, q_tile, k_buffers, v_buffers, barriers, positions, zero, b,
+                    h, q_idx, kv_limit, scale, mask_tables, score_tables,
                     False, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                    [ROWS, D_PAD], [BLOCK_N, D_PAD], [BLOCK_N, DV_PAD],
+                    [BLOCK_N, D_PAD], [BLOCK_N, DV_PAD],
                 )  # fmt: skip
             acc, p16, m, l = carry
-            mbarrier.arrive(q_empty.index(q_slot), count=1)
+            mbarrier.arrive(q_empty.index(GROUP), count=1)
             with_keys += 1
             done += count
             v_slot, v_turn = (done - 1) % STAGES, (done - 1) // STAGES & 1
             mbarrier.wait(v_full.index(v_slot), v_turn)
             v_tile = v_buffers.index(v_slot).reshape([BLOCK_N, DV_PAD])
-            adding = warpgroup_mma(unpacked(p16, dtype, P), v_tile, acc, is_async=True)
-            if AHEAD:
-                count = _next_count(words, words_full, taken)
-                s = _first_scores(
-                    count, with_keys, done, buffers, barriers, zero, BLOCK_N, D_PAD, STAGES,
-                    Q_STAGES, GROUP,
-                )  # fmt: skip
-                acc = warpgroup_mma_wait(1, deps=(adding,))
-            else:
-                acc = warpgroup_mma_wait(0, deps=(adding,))
+            acc = warpgroup_mma(unpacked(p16, dtype, P), v_tile, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
             come(FIRST_BARRIER + STAGES + v_slot, HANDOVER)
             l = gl.where(q_position < q_limit, l, 0.0)  # padding sees nothing
-            _write(
-                results, acc, gl.convert_layout(m, gl.SliceLayout(1, O)),
-                gl.convert_layout(l, gl.SliceLayout(1, O)), b, h, start, turn, q_len,
-                MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST, DV, DV_PAD, O,
-            )  # fmt: skip
-            if AHEAD:
-                s = warpgroup_mma_wait(0, deps=(s,))
-        else:
-            nothing = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, O))
-            _write(
-                results, acc, nothing, nothing, b, h, start, turn, q_len,
-                MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST, DV, DV_PAD, O,
-            )  # fmt: skip
-            if AHEAD:
-                count = _next_count(words, words_full, taken)
-                s = _first_scores(
-                    count, with_keys, done, buffers, barriers, zero, BLOCK_N, D_PAD, STAGES,
-                    Q_STAGES, GROUP,
-                )  # fmt: skip
-                s = warpgroup_mma_wait(0, deps=(s,))
-        if not AHEAD:
-            count = _next_count(words, words_full, taken)
-
-
-@gluon.jit
-def _next_count(words, words_full, taken):
-    """How many tiles of keys there are for the next tile of queries, when that is known."""
-    slot = taken % 2
-    mbarrier.wait(words_full.index(slot), taken // 2 & 1)
-    return read_word(words, slot * WORDS)
-
-
-@gluon.jit
-def _first_scores(
-    count, with_keys, done, buffers, barriers, zero,
-    BLOCK_N: gl.constexpr, D_PAD: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
-):  # fmt: skip
-    """Raw products of a tile of queries with its first keys, under way. Where there is none, they
-    are of whatever is in the buffers, so that none need be without."""
-    q_buffers, k_buffers = buffers[0], buffers[1]
-    q_full, k_full = barriers[0], barriers[2]
-    q_slot, slot = with_keys % Q_STAGES * GROUPS + GROUP, done % STAGES
-    if count > 0:
-        mbarrier.wait(q_full.index(q_slot), with_keys // Q_STAGES & 1)
-        mbarrier.wait(k_full.index(slot), done // STAGES & 1)
-    q_tile = q_buffers.index(q_slot).reshape([ROWS, D_PAD])
-    k_tile = k_buffers.index(slot).reshape([BLOCK_N, D_PAD])
-    return warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+        _write(
+            results, acc, gl.convert_layout(m, gl.SliceLayout(1, O)),
+            gl.convert_layout(l, gl.SliceLayout(1, O)), b, h, start, turn, q_len,
+            MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST, DV, DV_PAD, O,
+        )  # fmt: skip
+        slot = taken % 2
+        mbarrier.wait(words_full.index(slot), taken // 2 & 1)
+        count = read_word(words, slot * WORDS)
 
 
 @gluon.jit
@@ -484,7 +419,7 @@ def hopper_forward_kernel(
     STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: `(programs,)`; program i takes up to `quota + i % spread` tiles.
 
@@ -492,13 +427,12 @@ def hopper_forward_kernel(
     before and after. together, total_heads, leading: see `head_and_place`. The rest as in
     `triton_forward.forward_kernel`.
     """
-    q_tiles: gl.constexpr = Q_STAGES * GROUPS
-    q_buffers = gl.allocate_shared_memory(q.dtype, [q_tiles] + q.block_type.shape, q.layout)
+    q_buffers = gl.allocate_shared_memory(q.dtype, [GROUPS] + q.block_type.shape, q.layout)
     k_buffers = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
     v_buffers = gl.allocate_shared_memory(v.dtype, [STAGES] + v.block_type.shape, v.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [q_tiles, 1], barrier)
-    q_empty = gl.allocate_shared_memory(gl.int64, [q_tiles, 1], barrier)
+    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], barrier)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     words_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
@@ -506,7 +440,7 @@ def hopper_forward_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     words = gl.allocate_shared_memory(gl.int32, [2 * WORDS, 1], plain)
     positions = gl.allocate_shared_memory(gl.int32, [STAGES, 1], plain)
-    for i in gl.static_range(q_tiles):
+    for i in gl.static_range(GROUPS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -532,18 +466,17 @@ def hopper_forward_kernel(
                 q, (out, lse, before_out, before_lse, first_lse), shared, lengths, heads,
                 score_tables, mask_tables, scale,
                 mask_mod, score_mod, PARTIAL, MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST,
-                BLOCK_N, D_PAD, DV, DV_PAD, STAGES, Q_STAGES, 0,
+                BLOCK_N, D_PAD, DV, DV_PAD, STAGES, 0,
             )),
             (_consume, (
                 q, (out, lse, before_out, before_lse, first_lse), shared, lengths, heads,
                 score_tables, mask_tables, scale,
                 mask_mod, score_mod, PARTIAL, MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST,
-                BLOCK_N, D_PAD, DV, DV_PAD, STAGES, Q_STAGES, 1,
+                BLOCK_N, D_PAD, DV, DV_PAD, STAGES, 1,
             )),
             (_produce, (
                 q, k, v, shared, lists, shape,
                 score_mod, PARTIAL, IN_ORDER, IN_PLACE, STAGED, BLOCK_N, TILES_M, TILES_N, STAGES,
-                Q_STAGES,
             )),
         ],
         [4, 1],

@@ -93,7 +93,6 @@ def forward(
         tiles_m, tiles_n = mask.block_size[0] // _STAYS, mask.block_size[1] // block_n
         heads = setup.batch * setup.heads
         stages = 4 if max(D, Dv) <= 64 else 2
-        q_stages = 2 if max(D, Dv) <= 128 else 1  # what shared memory and registers allow
         programs, *quota = queue(heads * lists.places * tiles_m, q.device, beside)
         ready = Prepared(
             hopper_forward_kernel,
@@ -107,7 +106,7 @@ def forward(
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
                 setup.positions.kv_in_order, *merge.constants,
-                block_n, tiles_m, tiles_n, D_PAD, Dv, DV_PAD, stages, q_stages, *_REGISTERS,
+                block_n, tiles_m, tiles_n, D_PAD, Dv, DV_PAD, stages, *_REGISTERS,
             ),
             Tile(_STAYS, block_n, 4, stages),
         )  # fmt: skip
@@ -212,11 +211,11 @@ def _heads_of_a_tile(setup: Setup, device: torch.device) -> int:
     or one, where programs walk the same queries at the same time, and those of a group do not fit
     into the L2 cache."""
     mask = setup.mask
-    of_a_head = mask.q_blocks * mask.block_size[0] * (6 * setup.dims[0] + 2 * setup.dims[2])
-    if setup.group * of_a_head <= l2_cache(device):
-        return setup.group
-    together = key_lists(mask, setup.group, device, descending=True).begin_together
-    return 1 if together else setup.group
+    lists = key_lists(mask, setup.group, device, descending=True)
+    walked = float((lists.work**2).sum() / max(1, lists.work.sum())) * mask.block_size[0]
+    of_a_head = walked * (6 * setup.dims[0] + 2 * setup.dims[2])
+    apart = lists.begin_together and setup.group * of_a_head > l2_cache(device)
+    return 1 if apart else setup.group
 
 
 def _sums_of_keys(g: Gradients) -> tuple[Tensor, Tensor]:
