@@ -2,6 +2,7 @@
 
     python scripts/compile_kernels.py                  # every configuration, a table
     python scripts/compile_kernels.py --check          # fail on spills above the recorded budget
+                                                       # and on faults (machine_code.py)
     python scripts/compile_kernels.py --record         # record the budget anew
 
 The launches are those that the library makes: its own code runs on small tensors, and what it would
@@ -34,6 +35,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 import ringflex as rf
+from machine_code import disassembled, repeated_additions, unset_registers
 from ringflex.kernels import hopper_kernel, triton_kernel, triton_setup
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
 from ringflex.kernels.stages import Stage
@@ -58,9 +60,11 @@ class Configuration:
     Attributes:
         kernel: forward, merge (with a result before), key, query, one_pass, row_terms; staged and
             staged_query: the forward and dQ of one step of several. Those for Hopper:
-            hopper_forward, hopper_merge, hopper_staged, hopper_backward.
+            hopper_forward, hopper_merge, hopper_staged, hopper_backward, hopper_apart (a backward
+            with the heads of a group apart).
         mods: "none" (a causal mask), "full" (nor that), "documents" (and causal), "score"
-            (softcap), "captures" (documents and ALiBi with gradients).
+            (softcap), "captures" (documents and ALiBi with gradients), "positions" (biases by
+            query and by key, with gradients).
     """
 
     target: str
@@ -96,6 +100,8 @@ def configurations() -> Iterator[Configuration]:
                 yield replace(base, target=target, kernel="forward", D=D, Dv=Dv, mods="documents")
         for kernel in ("merge", "one_pass", "row_terms"):
             yield replace(base, target=target, kernel=kernel, mods="none")
+        for kernel in ("query", "one_pass"):
+            yield replace(base, target=target, kernel=kernel, mods="positions")
         for D in (64, 128, 256):
             for kernel in ("staged", "staged_query"):
                 yield replace(base, target=target, kernel=kernel, D=D, Dv=D)
@@ -112,6 +118,9 @@ def hopper_configurations() -> Iterator[Configuration]:
             common = ("documents", "score") if D == 128 else ()
             for mods in ("full", "none", "captures", *common):
                 yield replace(base, kernel=kernel, D=D, Dv=D, mods=mods)
+        for mods in ("none", "captures"):
+            yield replace(base, kernel="hopper_apart", D=D, Dv=D, mods=mods)
+    yield replace(base, kernel="hopper_backward", mods="positions")
     for kernel in ("hopper_merge", "hopper_staged"):
         yield replace(base, kernel=kernel, mods="none")
     for D, Dv in ((80, 80), (192, 128), (256, 256)):
@@ -132,12 +141,15 @@ def launch_of(c: Configuration) -> Launch:
     q, k, v, dout = make(Hq, c.D), make(Hkv, c.D), make(Hkv, c.Dv), make(Hq, c.Dv)
     mask, score = rf.full() if c.mods == "full" else rf.causal(), None
     slopes = torch.ones(Hq, requires_grad=True)
+    by_q, by_kv = (torch.ones(S, requires_grad=True) for _ in range(2))
     if c.mods == "score":
         score = trace_score(rf.softcap(20.0), torch.float32)
     if c.mods in ("documents", "captures"):
         mask &= rf.document(torch.arange(S) // 100)
     if c.mods == "captures":
         score = trace_score(rf.alibi(slopes), torch.float32)
+    if c.mods == "positions":
+        score = trace_score(lambda s, b, h, q, kv: s + by_q[q] + by_kv[kv], torch.float32)
     block_mask = rf.create_block_mask(mask, None, None, S, S)
     options = KernelOptions(backward="one_pass" if c.kernel == "one_pass" else "auto")
     found: list[Launch] = []
@@ -148,6 +160,7 @@ def launch_of(c: Configuration) -> Launch:
             found.append(Launch(kernel=self._kernel, arguments=arguments, tile=self.tile))
 
     where = lambda _: TARGETS[c.target][1]
+    cache = 0 if c.kernel == "hopper_apart" else 50 << 20
     hopper = c.kernel.startswith("hopper")
     kind = c.kernel.removeprefix("hopper_")
     module = hopper_kernel if hopper else triton_kernel
@@ -155,6 +168,7 @@ def launch_of(c: Configuration) -> Launch:
         mock.patch.object(triton_kernel, "Prepared", Recorded),
         mock.patch.object(hopper_kernel, "Prepared", Recorded),
         mock.patch.object(triton_setup, "architecture", where),
+        mock.patch.object(hopper_kernel, "l2_cache", return_value=cache),
     ):
         out, lse = torch.zeros(1, Hq, S, c.Dv, dtype=c.dtype), torch.zeros(1, Hq, S)
         stage = None
@@ -173,7 +187,7 @@ def launch_of(c: Configuration) -> Launch:
             return found[0]
         gradients = Gradients(
             dq=torch.zeros_like(q), dk=torch.zeros_like(k), dv=torch.zeros_like(v),
-            dcaptures=[torch.zeros(Hq)] if c.mods == "captures" else [],
+            dcaptures=[] if score is None else [torch.zeros_like(x) for x in score.captures],
             stage=stage, running_q=None if stage is None else q.float(),
         )  # fmt: skip
         module.backward(dout, q, k, v, terms, block_mask, score, 0.1, gradients, options)
@@ -206,6 +220,13 @@ def report(c: Configuration) -> dict[str, Any]:
     compiled = compile_for(launch, target)
     if target.backend == "cuda":
         row |= _ptxas(compiled.asm["ptx"], target.arch)
+        repeated = repeated_additions(compiled.asm["ptx"])
+        unset = []
+        if c.target == "sm_90":
+            cuobjdump = triton.knobs.nvidia.cuobjdump.path
+            unset = unset_registers(disassembled(compiled.asm["cubin"], cuobjdump))
+        if repeated or unset:
+            row["fault"] = f"{repeated} repeated additions, unset registers in {unset[:1]}"
     else:
         text = compiled.asm["amdgcn"]
         number = lambda name: int(re.search(rf"\.{name}: +(\d+)", text).group(1))  # type: ignore
@@ -254,10 +275,11 @@ def main() -> None:
         problem = row.get("error", "")
         if not problem and not row["fits"]:
             problem = "more shared memory than the device has"
+        problem = problem or row.get("fault", "")
         if not problem and arguments.check and row["spilled"] > budget.get(name, 0):
             problem = f"budget is {budget.get(name, 0)} bytes"
         failed += [name] if problem else []
-        text = " ".join(f"{k}={v}" for k, v in row.items() if k not in ("error", "fits"))
+        text = " ".join(f"{k}={v}" for k, v in row.items() if k not in ("error", "fault", "fits"))
         print(f"{name}: {text}{'  <-- ' + problem if problem else ''}")
     if arguments.record:
         if failed:

@@ -127,7 +127,9 @@ def scatter_add(
 ):
     """Adds a tile of values into a table's gradient, at offsets that may repeat.
 
-    Where the offset does not depend on the query (or the key), the tile is summed over it first.
+    Where the offset does not depend on the query (or the key), the tile is summed over it first,
+    and is a row or a column from then on: of a tile with a dimension of 1, threads of a Gluon
+    kernel hold some values several times, and would add each of them.
     `aside` is where LARGEST leaves the bits of the largest magnitude, and where FIXED finds the
     power of two that addends are multiplied by.
     """
@@ -139,8 +141,15 @@ def scatter_add(
         bits = tl.abs(value).to(tl.int32, bitcast=True)  # ordered as the numbers are, NaN above all
         tl.atomic_max(aside, tl.max(tl.max(bits, axis=1), axis=0), sem="relaxed")
     else:
-        if not BY_Q and not BY_KV:
-            value = tl.sum(tl.sum(value, axis=1), axis=0)
+        if not BY_Q:
+            value = tl.sum(value, axis=Q_AXIS)
+            if BY_KV:
+                offset = tl.max(offset, axis=Q_AXIS)
+            else:
+                value = tl.sum(value, axis=0)
+        elif not BY_KV:
+            value = tl.sum(value, axis=1 - Q_AXIS)
+            offset = tl.max(offset, axis=1 - Q_AXIS)
         if HOW == FIXED:
             factor = tl.load(aside)
             value = (value.to(tl.float64) * factor).to(tl.int64)

@@ -109,3 +109,41 @@ def test_portable_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         dout, q, k, v, terms, mask, None, 0.125, gradients, KernelOptions()
     )  # fmt: skip
     assert given[-2] is gradients and given[-1] == KernelOptions(backward="one_pass")
+
+
+@pytest.mark.parametrize(
+    ("mask", "tokens", "heads"),
+    [
+        (rf.causal(), 65_536, 1),
+        (rf.causal(), 8_192, 4),  # a group's queries fit into the L2 cache
+        (rf.causal() & rf.sliding_window(4096), 65_536, 4),  # programs walk queries of their own
+        (rf.causal() & rf.document_from_lengths([1000] * 65 + [536]), 65_536, 4),
+    ],
+    ids=str,
+)
+def test_heads_of_a_group_are_apart_where_the_cache_is_too_small(
+    mask: rf.MaskMod, tokens: int, heads: int
+) -> None:
+    block_mask = rf.create_block_mask(mask, None, None, tokens, tokens)
+    q, k = (torch.zeros(1, h, 1, 128).half().expand(-1, -1, tokens, -1) for h in (4, 1))
+    setup = triton_setup.Setup.of(q, k, k, block_mask, KernelOptions())
+    assert hopper_kernel._heads_of_a_tile(setup, q.device) == heads
+
+
+@pytest.mark.parametrize("cache", [0, 50 << 20])
+def test_heads_apart_add_into_zeros_in_fp32(
+    cache: int, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hopper_kernel, "l2_cache", lambda _: cache)
+    q, k, v, dout = tensors()
+    mask = rf.create_block_mask(rf.causal(), None, None, 256, 256)
+    terms = RowTerms(*(torch.zeros(1, 2, 256) for _ in range(2)))
+    gradients = Gradients(
+        dq=torch.empty_like(q), dk=torch.full_like(k, 7), dv=torch.full_like(v, 7), dcaptures=()
+    )
+    hopper_kernel.backward(
+        dout, q, k, v, terms, mask, None, 0.125, gradients, KernelOptions()
+    )  # fmt: skip
+    assert gradients.dk is not None and gradients.dv is not None
+    written = 0.0 if cache == 0 else 7.0
+    assert (gradients.dk == written).all() and (gradients.dv == written).all()
