@@ -170,7 +170,7 @@ def bench(
             found.update(_traffic(world, spec, plan, plan.comm.bytes_received - received))
 
     with contender.context():
-        if contender.warm is not None and not arguments.once:
+        if contender.warm is not None:
             world.together(partial(_both, contender.warm, leaves, dout))
         found |= measure(world, contender, tensors, seconds, inspect)
     if plan is not None and world.size > 1 and not arguments.once:
@@ -191,14 +191,12 @@ def bench(
 
 
 def _rehearse(world: World, arguments: argparse.Namespace, spec: Spec) -> None:
-    """A short sequence by every way of ours: kernels are loaded, and ranks know each other."""
+    """A short sequence by every way of ours: ranks know each other."""
     short = dataclasses.replace(spec, tokens=min(spec.tokens, SHORT))
     for _, make in ours(world, arguments, short, problem(short, world.device)):
         contender = world.together(make)
         *leaves, dout = world.together(partial(inputs, short, world.device, contender))
-        for run in (contender.warm, contender.run):
-            assert run is not None
-            world.together(partial(_both, run, leaves, dout))
+        world.together(partial(_both, contender.run, leaves, dout))
 
 
 def _both(run: Run, leaves: list[Tensor], dout: Tensor) -> None:
@@ -309,7 +307,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
     parser.add_argument(
         "--once", action="store_true",
-        help="time the first run, for very long sequences",
+        help="time the first run with transfers, for very long sequences",
     )  # fmt: skip
     parser.add_argument("--timeout", type=float, default=60, help="seconds; longer than any run")
     parser.add_argument("--device", choices=["cuda", "cpu"], default=default_device())
