@@ -19,8 +19,8 @@ from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.builder import create_block_mask
 from ringflex.masks.from_torch import from_torch
 from ringflex.masks.mods import full
-from ringflex.masks.trace import TracedMod
 from ringflex.masks.trace_cache import traced_score
+from ringflex.masks.traced_mod import TracedMod
 from ringflex.parallel import ulysses
 from ringflex.parallel.autograd import attention
 from ringflex.parallel.plan import Plan

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ringflex.kernels.contract import compute_dtype
 from ringflex.masks.block_mask import BlockMask
-from ringflex.masks.trace import TracedMod
+from ringflex.masks.traced_mod import TracedMod
 from ringflex.parallel.plan import Plan
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

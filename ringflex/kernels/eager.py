@@ -32,7 +32,7 @@ from ringflex.kernels.contract import Gradients, KernelOptions, Partial, compute
 from ringflex.kernels.stages import Stage
 from ringflex.kernels.tiles import Chunk, chunks_of
 from ringflex.masks.block_mask import BlockMask
-from ringflex.masks.trace import TracedMod
+from ringflex.masks.traced_mod import TracedMod
 
 _SCORES_IN_FLIGHT = {"cpu": 1 << 20, "cuda": 1 << 26}
 _ELEMENTS_KEPT = 1 << 26  # of a mask evaluated in partial blocks, one byte each

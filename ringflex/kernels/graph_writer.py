@@ -29,7 +29,7 @@ from ringflex.kernels.scalars import (
     range_of,
 )
 from ringflex.masks.pointwise import PointwiseMod
-from ringflex.masks.trace import user_line
+from ringflex.masks.traced_mod import user_line
 
 _LARGEST_BATCH = 2**20  # batch elements, heads
 _MOST_COMPONENTS = 256  # of a vector inside a mod

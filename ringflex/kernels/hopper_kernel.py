@@ -46,7 +46,7 @@ from ringflex.kernels.triton_merge import Merge
 from ringflex.kernels.triton_mods import accumulators, kind_of, score_mod
 from ringflex.kernels.triton_setup import Setup, alignment, describable, strided
 from ringflex.masks.block_mask import BlockMask
-from ringflex.masks.trace import TracedMod
+from ringflex.masks.traced_mod import TracedMod
 
 __all__ = [
     "backward", "forward", "has_separate_passes", "make_ready", "may_overlap", "row_terms",

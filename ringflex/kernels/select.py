@@ -14,7 +14,7 @@ from torch import Tensor
 from ringflex.kernels import eager
 from ringflex.kernels.scalars import LARGEST_INDEX
 from ringflex.masks.block_mask import BlockMask
-from ringflex.masks.trace import TracedMod
+from ringflex.masks.traced_mod import TracedMod
 
 BACKENDS = ("eager", "triton", "hopper")
 _LARGEST_DIM = 256

@@ -30,7 +30,7 @@ from ringflex.kernels.triton_setup import (
     strided,
 )
 from ringflex.masks.block_mask import BlockMask
-from ringflex.masks.trace import TracedMod
+from ringflex.masks.traced_mod import TracedMod
 
 may_overlap = True  # see `contract`
 

@@ -14,7 +14,7 @@ from ringflex.kernels.mod_tables import TableSpec, table_arguments
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.captures import narrowest
 from ringflex.masks.pointwise import PointwiseMod, derivative, pointwise
-from ringflex.masks.trace import TracedMod
+from ringflex.masks.traced_mod import TracedMod
 
 
 class Mod(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ringflex.masks.runs import Array, Runs, union
-from ringflex.masks.trace import TracedMod
+from ringflex.masks.traced_mod import TracedMod
 
 
 @dataclass(frozen=True, eq=False)

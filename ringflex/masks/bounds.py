@@ -25,7 +25,7 @@ from ringflex.masks.intervals import (
     unknown,
 )
 from ringflex.masks.runs import Array
-from ringflex.masks.trace import TracedMod
+from ringflex.masks.traced_mod import TracedMod
 
 NONE, ALL, UNDECIDED = 0, 1, 2
 

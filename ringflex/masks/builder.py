@@ -17,8 +17,8 @@ from torch import Tensor
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.bounds import ALL, NONE, UNDECIDED, MaskBounds, Rectangles
 from ringflex.masks.runs import Array, Runs, counting
-from ringflex.masks.trace import TracedMod
 from ringflex.masks.trace_cache import traced_mask
+from ringflex.masks.traced_mod import TracedMod
 
 _FEW = 512  # rectangles
 _ELEMENTS_AT_ONCE = 1 << 20  # of mask evaluated together when blocks are settled exactly

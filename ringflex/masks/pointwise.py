@@ -18,7 +18,7 @@ from torch._decomp import get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringflex.autocast import without_autocast
-from ringflex.masks.trace import TracedMod
+from ringflex.masks.traced_mod import TracedMod
 
 _aten = torch.ops.aten
 # Derivatives that autograd records as one operation, in terms of elementary ones.

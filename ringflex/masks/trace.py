@@ -1,42 +1,40 @@
-"""Python function -> aten graph with its captured tensors, and its evaluation over index tensors.
+"""From a mod, a Python function, to its aten graph: a `TracedMod`.
 
-A mod is written for one element: its indices are 0-dim tensors. `make_fx` records the aten
-operations on them. Because every recorded operation works on scalars, the same graph evaluates over
-whole tiles by broadcasting: that is what the eager kernel, the block-mask builder and (lowered)
-the fused kernels do with it.
+`make_fx` records the aten operations on the 0-dim tensors that a mod is given as indices.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import linecache
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringflex.autocast import without_autocast
-from ringflex.masks.captures import fingerprint, narrowest
-
-INDEX_NAMES = ("b", "h", "q_idx", "kv_idx")
-_INDEX = torch.ops.aten.index.Tensor
-
+from ringflex.masks.graph_rewrites import (
+    dependence,
+    drop_reshapes,
+    free_constants,
+    lift_captures,
+    make_functional,
+    merge_nested_reads,
+    replace_approximations,
+)
+from ringflex.masks.traced_mod import INDEX, INDEX_NAMES, Line, TracedMod
 
 _LEAVING = (
     Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__,
     Tensor.__float__, Tensor.__index__, Tensor.__contains__,
 )  # fmt: skip
-_Line = tuple[Any, str, int]  # an operation, and where the user wrote it: file, line
 
 
 class IndexByTensor(TorchFunctionMode):
@@ -76,167 +74,7 @@ class IndexByTensor(TorchFunctionMode):
             dim += 1
         if all(index is None for index in indices):
             return table
-        return _INDEX(table, indices)
-
-
-@dataclass(frozen=True, eq=False)
-class TracedMod:
-    """A mod as data: an aten graph, its captured tensors, and which inputs it uses.
-
-    Attributes:
-        name: the function's name, for messages.
-        module: the graph; its inputs are the mod's arguments, then the captured tensors.
-        captures: the captured tensors themselves (identity kept, so that gradients reach them).
-        uses: names of the arguments that the result depends on.
-        varying: the operations that depend on an argument; the others are computed once.
-        scalar: every varying operation works on scalars element by element, so the graph
-            broadcasts.
-        approximate_tanh: tanh was written as attention-gym's `approx::tanh`: a kernel may use the
-            hardware's approximation.
-        lines: the operations as they were called, and where the user wrote them.
-        cache: what kernels made of the graph.
-    """
-
-    name: str
-    module: fx.GraphModule
-    captures: tuple[Tensor, ...]
-    uses: frozenset[str]
-    varying: frozenset[fx.Node]
-    scalar: bool
-    approximate_tanh: bool = False
-    lines: tuple[_Line, ...] = ()
-    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
-
-    def evaluate(
-        self,
-        b: Tensor,
-        h: Tensor,
-        q_idx: Tensor,
-        kv_idx: Tensor,
-        score: Tensor | None = None,
-        captures: Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        """The mod over whole tensors of indices; differentiable in `score` and the captures.
-
-        Args:
-            b, h, q_idx, kv_idx: int64, rank >= 1, broadcastable to one another (and to `score`).
-            score: the scores, for a score mod.
-            captures: stand-ins for `self.captures` (another device, or leaves of a gradient).
-
-        Returns:
-            A tensor that broadcasts to the common shape of the inputs.
-        """
-        inputs = [b, h, q_idx, kv_idx] if score is None else [score, b, h, q_idx, kv_idx]
-        inputs += self.captures if captures is None else captures
-        with without_autocast():
-            return self._run(*inputs) if self.scalar else self._map(*inputs)
-
-    def _map(self, *inputs: Tensor) -> Tensor:
-        """The graph for one element after the other, in effect."""
-        arguments = len(inputs) - len(self.captures)
-        shape = torch.broadcast_shapes(*(x.shape for x in inputs[:arguments]))
-        flat = [x.expand(shape).reshape(-1) for x in inputs[:arguments]]
-        in_dims = (0,) * arguments + (None,) * len(self.captures)
-        mapped = torch.vmap(self._run, in_dims=in_dims)
-        return mapped(*flat, *inputs[arguments:]).reshape(shape)
-
-    def _run(self, *inputs: Tensor) -> Tensor:
-        """The graph's operations in order, over tensors of elements or (in vmap) one element."""
-        values: dict[fx.Node, Any] = {}
-        for node in self.module.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = inputs[len(values)]
-            elif node.op == "call_function":
-                values[node] = self._operate(node, values)
-            else:
-                result: Tensor = values[node.args[0]]
-                return result
-        raise AssertionError("a graph ends with its output")
-
-    def _operate(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        varies = node in self.varying and self.scalar
-
-        def value(arg: fx.Node) -> Any:
-            x = values[arg]
-            # Type promotion treats 0-dim tensors apart; the mod was written for equals.
-            return x.reshape(1) if varies and isinstance(x, Tensor) and x.ndim == 0 else x
-
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-        if node.target is _INDEX:
-            table, indices = args  # type: ignore[misc]
-            found = _read(table, indices) if self.scalar else _INDEX(table, indices)  # type: ignore
-            # Integers may be kept in few bits; half precision may be read in fp32, and stays so.
-            return found if found.is_floating_point() else found.to(node.meta["val"].dtype)
-        if varies and node.target is torch.ops.aten.div.Tensor:
-            args = _divided_exactly(args[0], args[1], node.meta["val"].dtype)
-        if "device" in kwargs:  # a constant made inside the mod lives where the indices live
-            kwargs = {**kwargs, "device": next(iter(values.values())).device}
-        assert callable(node.target)
-        result = node.target(*args, **kwargs)
-        traced = node.meta.get("val")
-        if varies and isinstance(traced, Tensor) and result.dtype != traced.dtype:
-            result = result.to(traced.dtype)
-        return result
-
-    def to(self, device: torch.device) -> TracedMod:
-        """The same mod with its captured tensors (detached) on `device`."""
-        if all(c.device == device for c in self.captures):
-            return self
-        return replace(self, captures=tuple(c.detach().to(device) for c in self.captures))
-
-    def frozen(self) -> TracedMod:
-        """The same mod over copies of its captured tensors: later changes do not reach it. Integers
-        that are only looked up, as document ids, are kept in as few bits as hold them."""
-        kept = []
-        for node, capture in self._captured():
-            dtype = capture.dtype
-            if dtype in (torch.int64, torch.int32) and self._looks_up(node):
-                dtype = narrowest(capture, (torch.int16, torch.int32))
-            kept.append(capture.detach().to(dtype, copy=True))
-        return replace(self, captures=tuple(kept), cache={})
-
-    def _captured(self) -> list[tuple[fx.Node, Tensor]]:
-        inputs = [n for n in self.module.graph.nodes if n.op == "placeholder"]
-        nodes = inputs[len(inputs) - len(self.captures) :]
-        return list(zip(nodes, self.captures, strict=True))
-
-    def _looks_up(self, table: fx.Node) -> bool:
-        """Whether a captured tensor is read by varying indices, and used for nothing else."""
-        return all(
-            user.target is _INDEX and user in self.varying and table not in user.args[1]  # type: ignore[operator]
-            for user in table.users
-        )
-
-    def digest(self) -> bytes:
-        """16 bytes that are equal for equal graphs over equal captured values."""
-        state = hashlib.blake2b(digest_size=16)
-        state.update(self.module.code.encode())
-        for node, capture in self._captured():
-            value = capture.detach().cpu().contiguous()
-            # What it means, and how it is kept.
-            state.update(f"{node.meta['val'].dtype}{value.dtype}{tuple(value.shape)}".encode())
-            fingerprint(value.reshape(-1).view(torch.uint8), state.update)
-        return state.digest()
-
-
-def _divided_exactly(x: Any, y: Any, dtype: torch.dtype) -> tuple[Any, Any]:
-    """On GPUs, torch multiplies by a number's reciprocal, which may round to another integer."""
-    if isinstance(x, Tensor) and x.device.type != "cpu" and not isinstance(y, Tensor):
-        y = torch.full((1,), y, dtype=dtype, device=x.device)
-    return x, y
-
-
-def _read(table: Tensor, indices: Sequence[Tensor]) -> Tensor:
-    if None in indices or not (table.requires_grad and table.device.type == "cpu"):
-        return _INDEX(table, indices)
-    # On a CPU the gradient of index() adds in parallel, in any order; that of index_select() is
-    # serial, so the same inputs give the same bits.
-    linear: Tensor | int = 0
-    for size, index in zip(table.shape, indices, strict=False):
-        linear = linear * size + torch.where(index < 0, index + size, index)
-    assert isinstance(linear, Tensor)
-    rows = table.flatten(0, len(indices) - 1).index_select(0, linear.reshape(-1))
-    return rows.reshape(*linear.shape, *table.shape[len(indices) :])
+        return INDEX(table, indices)
 
 
 def trace_mask(mask_mod: Callable[..., Tensor]) -> TracedMod:
@@ -287,13 +125,13 @@ def _trace(
         if "out of a tracing tensor" not in str(error) and "item()" not in str(error):
             raise
         raise ValueError(_branch_message(fn, kind, name, error)) from error
-    approximate = _replace_approximations(module)
-    _free_constants(module)
-    _make_functional(module, kind, name)
-    _drop_reshapes(module)
-    _merge_nested_reads(module)
-    captures = _lift_captures(module)
-    uses, varying, scalar = _dependence(module.graph, names)
+    approximate = replace_approximations(module)
+    free_constants(module)
+    make_functional(module, kind, name)
+    drop_reshapes(module)
+    merge_nested_reads(module)
+    captures = lift_captures(module)
+    uses, varying, scalar = dependence(module.graph, names)
     lines = tuple(watch.lines)
     return TracedMod(name, module, captures, uses, varying, scalar, approximate, lines)
 
@@ -304,7 +142,7 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, outermost: CodeType) -> None:
         super().__init__()
-        self.outermost, self.lines = outermost, list[_Line]()
+        self.outermost, self.lines = outermost, list[Line]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -319,17 +157,6 @@ class _Watch(TorchDispatchMode):
                 return filename, frame.f_lineno
             frame = frame.f_back
         return "", 0
-
-
-def user_line(mod: TracedMod, node: fx.Node) -> str:
-    """Where the user wrote an operation of the mod, for messages; empty if that is not known."""
-    alike = [n for n in node.graph.nodes if n.target is node.target]
-    lines = [line for line in mod.lines if line[0] is node.target]
-    at = alike.index(node)
-    if at >= len(lines) or not lines[at][1]:
-        return ""
-    _, filename, lineno = lines[at]
-    return f" ({filename}:{lineno}: {linecache.getline(filename, lineno).strip()})"
 
 
 def _check_callable(fn: Any, kind: str, names: tuple[str, ...], name: str) -> None:
@@ -379,135 +206,3 @@ def _branch_message(fn: Any, kind: str, name: str, error: BaseException) -> str:
         f"`(low <= x) & (x < high)` for `low <= x < high`, and `torch.where(condition, x, y)` "
         f"for `x if condition else y`."
     )
-
-
-def _lift_captures(module: fx.GraphModule) -> tuple[Tensor, ...]:
-    """Turns the constants that tracing stored on the module into inputs after the indices."""
-    graph = module.graph
-    captures: list[Tensor] = []
-    inputs: list[fx.Node] = []
-    names: set[str] = set()
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    for node in list(graph.nodes):
-        if node.op != "get_attr":
-            continue
-        names.add(str(node.target))
-        tensor = getattr(module, str(node.target))
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            raise TypeError(
-                f"a captured tensor must be a plain torch.Tensor, got {type(tensor).__name__} "
-                f"(of a DTensor, capture `.full_tensor()` or `.to_local()`)"
-            )
-        known = next((i for i, c in enumerate(captures) if c is tensor), None)
-        if known is None:
-            known = len(captures)
-            captures.append(tensor)
-            with graph.inserting_after(last):
-                last = graph.placeholder(f"capture{known}")
-            last.meta["val"] = tensor
-            inputs.append(last)
-        node.replace_all_uses_with(inputs[known])
-        graph.erase_node(node)
-    graph.eliminate_dead_code()
-    module.recompile()
-    for name in names:  # the graph alone keeps no tensor alive
-        delattr(module, name)
-    return tuple(captures)
-
-
-def _merge_nested_reads(module: fx.GraphModule) -> None:
-    """`table[b][q_idx]` reads `table[b, q_idx]`: one scalar read instead of a row."""
-    for node in module.graph.nodes:
-        if node.target is not _INDEX or None in node.args[1]:
-            continue
-        row = node.args[0]
-        if row.target is _INDEX and all(i is not None and _is_scalar(i) for i in row.args[1]):
-            node.args = (row.args[0], [*row.args[1], *node.args[1]])
-
-
-def _replace_approximations(module: fx.GraphModule) -> bool:
-    """attention-gym's `approx::tanh` is tanh, with a permission; was there one?"""
-    found = False
-    for node in module.graph.nodes:
-        if str(node.target).startswith("approx.tanh"):
-            node.target = torch.ops.aten.tanh.default
-            found = True
-    return found
-
-
-def _free_constants(module: fx.GraphModule) -> None:
-    """`b.new_ones(())`, as torch's `and_masks` begins with, is a number and depends on nothing."""
-    aten = torch.ops.aten
-    values: dict[Any, int] = {
-        aten.new_ones: 1, aten.ones_like: 1, aten.new_zeros: 0, aten.zeros_like: 0
-    }  # fmt: skip
-    for node in module.graph.nodes:
-        value = values.get(getattr(node.target, "overloadpacket", None))
-        result = node.meta.get("val")
-        if value is not None and isinstance(result, Tensor):
-            node.target = aten.full.default
-            node.args = (list(result.shape), value)
-            node.kwargs = {"dtype": result.dtype, "device": result.device}
-
-
-def _make_functional(module: fx.GraphModule, kind: str, name: str) -> None:
-    """`score += x` becomes `score + x`: evaluation must not write into its inputs."""
-    for node in module.graph.nodes:
-        if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
-            continue
-        packet = getattr(torch.ops.aten, node.target.overloadpacket.__name__.rstrip("_"), None)
-        functional = getattr(packet, node.target._overloadname, None)
-        if functional is None or functional._schema.is_mutable:
-            raise ValueError(
-                f"{kind} '{name}' writes into a tensor ({node.target}); write it without, e.g. "
-                "with torch.where"
-            )
-        node.target = functional
-
-
-def _drop_reshapes(module: fx.GraphModule) -> None:
-    """`x.view(())` and the like of one element are that element."""
-    aten = torch.ops.aten
-    shaping = (aten.view, aten.reshape, aten._unsafe_view, aten.squeeze, aten.expand, aten.permute)
-    for node in list(module.graph.nodes):
-        same = getattr(node.target, "overloadpacket", None) in shaping
-        if same and _is_scalar(node) and _is_scalar(node.args[0]):
-            node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
-
-
-def _is_scalar(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.ndim == 0
-
-
-def _is_elementwise(node: fx.Node) -> bool:
-    """Whether an operation on scalars is the same on tiles, element by element. (A sum or a softmax
-    of one element is not.)"""
-    packet = getattr(node.target, "overloadpacket", None)
-    return packet in _ELEMENTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
-
-
-_ELEMENTWISE = (  # that torch does not mark as pointwise
-    torch.ops.aten.index, torch.ops.aten._to_copy, torch.ops.aten.clone, torch.ops.aten.alias,
-    torch.ops.aten.detach, torch.ops.aten.lift_fresh_copy, torch.ops.aten.masked_fill,
-    torch.ops.aten.rsub, torch.ops.aten.where, torch.ops.aten.floor_divide, torch.ops.aten.fill,
-    torch.ops.aten.full_like, torch.ops.aten.__and__, torch.ops.aten.__or__,
-)  # fmt: skip
-
-
-def _dependence(
-    graph: fx.Graph, names: tuple[str, ...]
-) -> tuple[frozenset[str], frozenset[fx.Node], bool]:
-    reads: dict[fx.Node, frozenset[str]] = {}
-    scalar = True
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            reads[node] = frozenset(names[len(reads) : len(reads) + 1])
-        else:
-            reads[node] = frozenset[str]().union(*(reads[n] for n in node.all_input_nodes))
-            if node.op == "call_function" and reads[node]:
-                scalar &= _is_scalar(node) and _is_elementwise(node)
-    output = next(node for node in graph.nodes if node.op == "output")
-    varying = frozenset(n for n, r in reads.items() if r and n.op == "call_function")
-    return reads[output], varying, scalar

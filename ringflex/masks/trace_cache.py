@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ringflex.masks.mods import MaskMod
-from ringflex.masks.trace import TracedMod, trace_mask, trace_score
+from ringflex.masks.trace import trace_mask, trace_score
+from ringflex.masks.traced_mod import TracedMod
 
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _STABLE = {"torch", "math", "operator", "_operator", "builtins"}  # packages that stay as they are

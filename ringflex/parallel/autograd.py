@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ringflex.autocast import without_autocast
 from ringflex.kernels.contract import KernelOptions, Partial, compute_dtype
-from ringflex.masks.trace import TracedMod
+from ringflex.masks.traced_mod import TracedMod
 from ringflex.parallel import schedule
 from ringflex.parallel.plan import Plan
 

@@ -16,8 +16,8 @@ from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.builder import BlockMaskBuilder
 from ringflex.masks.mods import MaskMod
 from ringflex.masks.runs import Array
-from ringflex.masks.trace import TracedMod
 from ringflex.masks.trace_cache import traced_mask
+from ringflex.masks.traced_mod import TracedMod
 from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
 from ringflex.parallel.links import Costs, whole_nodes
 from ringflex.parallel.machine import Machine

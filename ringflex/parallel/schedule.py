@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, compute_dtype
 from ringflex.kernels.stages import Stage
-from ringflex.masks.trace import TracedMod
+from ringflex.masks.traced_mod import TracedMod
 from ringflex.parallel.comm import Communicator, Exchange
 from ringflex.parallel.lanes import Lanes
 from ringflex.parallel.packing import Messages, Pair

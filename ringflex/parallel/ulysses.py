@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from ringflex.kernels.contract import KernelOptions, compute_dtype
 from ringflex.masks.runs import Array
-from ringflex.masks.trace import TracedMod
 from ringflex.masks.trace_cache import traced_score
+from ringflex.masks.traced_mod import TracedMod
 from ringflex.parallel import autograd
 from ringflex.parallel.comm import Agreement, Communicator, Exchange
 from ringflex.parallel.draft import Draft, MaskFunction, Part, Request

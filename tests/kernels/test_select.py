@@ -11,7 +11,8 @@ from attention_cases import DEVICE
 from ringflex.kernels import eager, triton_kernel
 from ringflex.kernels import select as module
 from ringflex.kernels.select import Selection, select
-from ringflex.masks.trace import TracedMod, trace_score
+from ringflex.masks.trace import trace_score
+from ringflex.masks.traced_mod import TracedMod
 
 
 def choose(

@@ -16,7 +16,8 @@ from torch.distributed.tensor import distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from ringflex.masks.pointwise import pointwise
-from ringflex.masks.trace import IndexByTensor, TracedMod, trace_mask, trace_score
+from ringflex.masks.trace import IndexByTensor, trace_mask, trace_score
+from ringflex.masks.traced_mod import TracedMod
 
 B, H, Q, K = 2, 2, 4, 7
 Mod = Callable[..., Tensor]

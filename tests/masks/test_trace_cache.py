@@ -13,8 +13,8 @@ from torch import Tensor
 
 import ringflex as rf
 from ringflex.masks import trace_cache
-from ringflex.masks.trace import user_line
 from ringflex.masks.trace_cache import traced_score
+from ringflex.masks.traced_mod import user_line
 
 F32 = torch.float32
 FACTOR = 2.0
