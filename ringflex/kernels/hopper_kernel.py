@@ -208,15 +208,15 @@ def backward(
 
 def _heads_of_a_tile(setup: Setup, device: torch.device) -> int:
     """Query heads that a tile of keys serves: its whole group, so that dK and dV are written once;
-    or one, where programs walk the same queries at the same time, and those of a group do not fit
-    into the L2 cache. Kept on the mask."""
+    or one, where programs walk the same queries at the same time, and those of a group take more
+    than half of the L2 cache. Kept on the mask."""
     mask, D, Dv = setup.mask, setup.dims[0], setup.dims[2]
     key = ("heads of a tile", setup.group, D, Dv, device)
     if key not in mask.cache:
         lists = key_lists(mask, setup.group, device, descending=True)
         walked = float((lists.work**2).sum() / max(1, lists.work.sum())) * mask.block_size[0]
         of_a_head = walked * (6 * D + 2 * Dv)  # bytes of q, dout, and dQ in fp32
-        apart = lists.begin_together and setup.group * of_a_head > l2_cache(device)
+        apart = lists.begin_together and 2 * setup.group * of_a_head > l2_cache(device)
         mask.cache[key] = 1 if apart else setup.group
     heads: int = mask.cache[key]
     return heads

@@ -115,6 +115,7 @@ def test_portable_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ("mask", "tokens", "heads"),
     [
         (rf.causal(), 65_536, 1),
+        (rf.causal(), 16_384, 1),
         (rf.causal(), 8_192, 4),  # a group's queries fit into the L2 cache
         (rf.causal() & rf.sliding_window(4096), 65_536, 4),  # programs walk queries of their own
         (rf.causal() & rf.document_from_lengths([1000] * 65 + [536]), 65_536, 4),
