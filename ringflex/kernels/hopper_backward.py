@@ -199,6 +199,7 @@ def _consume(
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     FOR_DK: gl.constexpr = gl.DotOperandLayout(0, DK, 2)
     FOR_DV: gl.constexpr = gl.DotOperandLayout(0, DV_, 2)
+    EARLY: gl.constexpr = score_mod is None and BLOCK_M == 64  # dV before dS: registers suffice
     dtype: gl.constexpr = q.dtype
     buffers, barriers, queue, items = shared
     words, words_full, words_empty = queue[1], queue[2], queue[3]
@@ -267,7 +268,13 @@ def _consume(
                             p, b, h, read_word(items, slot * ITEM_WORDS), kv_idx, q_limit,
                             kv_limit, mask_tables, mask_mod, BLOCK_M, S,
                         )  # fmt: skip
-                dp = warpgroup_mma_wait(0, deps=(dp,))
+                if EARLY:
+                    adding_dv = warpgroup_mma(
+                        gl.convert_layout(p.to(dtype), FOR_DV), dout_tile, dv, is_async=True
+                    )
+                    dp = warpgroup_mma_wait(1, deps=(dp,))
+                else:
+                    dp = warpgroup_mma_wait(0, deps=(dp,))
                 delta_row = delta_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
                 ds = p * (dp - delta_row)
                 if score_grad is not None:
@@ -276,9 +283,10 @@ def _consume(
                 ds = ds.to(dtype)
                 parity = number % 2 * GROUPS
                 ds_buffers.index(parity + GROUP).store(ds)
-                adding_dv = warpgroup_mma(
-                    gl.convert_layout(p.to(dtype), FOR_DV), dout_tile, dv, is_async=True
-                )
+                if not EARLY:
+                    adding_dv = warpgroup_mma(
+                        gl.convert_layout(p.to(dtype), FOR_DV), dout_tile, dv, is_async=True
+                    )
                 fence_async_shared()
                 wait_for(FIRST_BARRIER + 2 * STAGES, "256")  # both groups' ds are there
                 dq_part = warpgroup_mma(
