@@ -99,7 +99,7 @@ def _produce(
     kv_full, kv_empty = barriers[2], barriers[3]
     rows, runs, order, q_starts, kv_starts = lists
     heads, group, members, blocks, row_stride_b, row_stride_h = shape[:6]
-    order_stride_b, order_stride_h, kv_stride_b, together, units, leading = shape[6:12]
+    order_stride_b, order_stride_h, kv_stride_b, together, units, sections = shape[6:12]
     total = units * blocks * TILES_N
     left = shape[12] + gl.program_id(0) % shape[13]
     work = take(counters)
@@ -110,7 +110,7 @@ def _produce(
         upcoming = total
         if left > 0:
             upcoming = take(counters)
-        unit, place = head_and_place(work, together, units, leading)
+        unit, place = head_and_place(work, together, units, sections)
         first = unit * members
         b, first_h = first // heads, first % heads
         in_order = b * order_stride_b + first_h // members * order_stride_h
@@ -357,7 +357,7 @@ def _write(
     do_not_specialize=[
         "kv_len", "q_limit", "kv_limit", "padded_len", "heads", "group", "members", "blocks",
         "row_stride_b", "row_stride_h", "order_stride_b", "order_stride_h", "kv_stride_b",
-        "together", "units", "leading", "quota", "spread",
+        "together", "units", "quota", "spread",
     ]
 )  # fmt: skip
 def hopper_backward_kernel(
@@ -365,7 +365,7 @@ def hopper_backward_kernel(
     rows, runs, order, q_starts, kv_starts, mask_tables,
     kv_len, q_limit, kv_limit, padded_len, heads, group, members, blocks,
     row_stride_b, row_stride_h, order_stride_b, order_stride_h, kv_stride_b, together,
-    units, leading, quota, spread,
+    units, sections, quota, spread,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr, APART: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
@@ -379,7 +379,7 @@ def hopper_backward_kernel(
     first, by a descriptor of `[1, 1, BLOCK_M, padded dim / 2]`. dk, dv: (pointer, strides).
     members: query heads that a tile serves, one after the other; APART: fewer than a group has,
     so that dk, dv are fp32, and zeros at first. counters, together, units (heads / members, of all
-    batch elements), leading: as in `hopper_forward_kernel`. The rest as in
+    batch elements), sections: as in `hopper_forward_kernel`. The rest as in
     `triton_backward.key_kernel`.
     """
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_M], q.dtype)
@@ -419,7 +419,7 @@ def hopper_backward_kernel(
     lengths = (kv_len, q_limit, kv_limit)
     shape = (
         heads, group, members, blocks, row_stride_b, row_stride_h, order_stride_b,
-        order_stride_h, kv_stride_b, together, units, leading, quota, spread,
+        order_stride_h, kv_stride_b, together, units, sections, quota, spread,
     )  # fmt: skip
     # Both times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(

@@ -1,7 +1,7 @@
 """What the Hopper kernels share: the queue of tiles, and records in shared memory.
 
-A program's producer warp takes tiles of work from a counter in global memory, longest first, and
-hands them to the consumer warps with whatever they need to know, while these are still busy with
+A program's producer warp takes tiles of work from a counter in global memory, neighbours one after
+the other, short ones last (`hopper_launch.in_sections`), and hands them to the consumer warps with whatever they need to know, while these are still busy with
 the tile before. A program fills a multiprocessor: one for each takes tiles until none is left; or
 there are more, of a quota of tiles each, and between them the multiprocessor is free for others.
 """
@@ -47,21 +47,21 @@ def leave(counters):
 
 
 @gluon.jit
-def head_and_place(work, together, total_heads, leading):
-    """Which head and which place in its order, longest first, a number stands for.
+def head_and_place(work, together, total_heads, sections):
+    """Which head and which place in its order a number stands for.
 
-    The `leading` places of each head come first, some heads `together`, as what these read is
-    then in the L2 cache; and in the end the places that remain, shorter ones, of all heads: with
-    them all programs can end at about the same time.
+    sections: pointer to the places where sections end. One comes after the other, each head by
+    head, or for some heads `together`, as what these read is then in the L2 cache.
     """
-    rest = work - total_heads * leading
-    if rest < 0:
-        first = work // (together * leading) * together
-        rest = work - first * leading
-        together = gl.minimum(together, total_heads - first)
-        head = first + rest % together
-        place = rest // together
-    else:
-        head = rest % total_heads
-        place = leading + rest // total_heads
-    return head, place
+    begin = gl.to_tensor(0)
+    end = gl.load(sections)
+    while work >= total_heads * end:
+        begin = end
+        sections += 1
+        end = gl.load(sections)
+    rest = work - total_heads * begin
+    size = end - begin
+    first = rest // (together * size) * together
+    rest -= first * size
+    together = gl.minimum(together, total_heads - first)
+    return first + rest % together, begin + rest // together

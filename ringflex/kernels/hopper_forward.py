@@ -102,7 +102,7 @@ def _produce(
     q_full, q_empty, v_full = barriers[0], barriers[1], barriers[3]
     rows, runs, order, turns, q_starts, kv_starts = lists
     heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b = shape[:6]
-    together, total_heads, leading = shape[6:9]
+    together, total_heads, sections = shape[6:9]
     total = total_heads * blocks * TILES_M
     left = shape[9] + gl.program_id(0) % shape[10]
     work = take(counters)
@@ -115,7 +115,7 @@ def _produce(
         upcoming = total
         if left > 0:
             upcoming = take(counters)
-        head, place = head_and_place(work, together, total_heads, leading)
+        head, place = head_and_place(work, together, total_heads, sections)
         b, h = head // heads, head % heads
         first_row = b * row_stride_b + h * row_stride_h
         block = gl.load(order + first_row + place // TILES_M)
@@ -414,7 +414,7 @@ def _write(
 @gluon.jit(
     do_not_specialize=[
         "q_len", "q_limit", "kv_limit", "heads", "group", "blocks",
-        "row_stride_b", "row_stride_h", "kv_stride_b", "together", "total_heads", "leading",
+        "row_stride_b", "row_stride_h", "kv_stride_b", "together", "total_heads",
         "quota", "spread",
     ]
 )  # fmt: skip
@@ -422,7 +422,7 @@ def hopper_forward_kernel(
     q, k, v, out, lse, before_out, before_lse, first_lse, counters, score_tables, scale,
     rows, runs, order, turns, q_starts, kv_starts, mask_tables,
     q_len, q_limit, kv_limit, heads, group, blocks,
-    row_stride_b, row_stride_h, kv_stride_b, together, total_heads, leading, quota,
+    row_stride_b, row_stride_h, kv_stride_b, together, total_heads, sections, quota,
     spread,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
@@ -434,7 +434,7 @@ def hopper_forward_kernel(
     """Grid: `(programs,)`; program i takes up to `quota + i % spread` tiles.
 
     q, k, v: descriptors of `[1, 1, 64 or BLOCK_N, padded dim]`. counters: int32 `[2]`, zeros
-    before and after. together, total_heads, leading: see `head_and_place`. The rest as in
+    before and after. together, total_heads, sections: see `head_and_place`. The rest as in
     `triton_forward.forward_kernel`.
     """
     q_buffers = gl.allocate_shared_memory(q.dtype, [GROUPS] + q.block_type.shape, q.layout)
@@ -467,7 +467,7 @@ def hopper_forward_kernel(
     lengths = (q_len, q_limit, kv_limit)
     shape = (
         heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together, total_heads,
-        leading, quota, spread,
+        sections, quota, spread,
     )  # fmt: skip
     # Both times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(

@@ -26,8 +26,8 @@ from ringflex.kernels.hopper_launch import (
     counters,
     described,
     described_flat,
+    in_sections,
     l2_cache,
-    leading_tiles,
     multiprocessors,
     queue,
 )
@@ -92,6 +92,7 @@ def forward(
         lists = query_lists(mask, q.device, stage)
         tiles_m, tiles_n = mask.block_size[0] // _STAYS, mask.block_size[1] // block_n
         heads = setup.batch * setup.heads
+        lists, sections = in_sections(lists, tiles_m, heads, q.device, backwards=True)
         stages = 4 if max(D, Dv) <= 64 else 2
         programs, *quota = queue(heads * lists.places * tiles_m, q.device, beside)
         ready = Prepared(
@@ -101,7 +102,7 @@ def forward(
                 *setup.query_lists(lists, stage), setup.mask_mod.tables,
                 setup.lengths[0], *setup.lengths[2:], setup.heads, setup.group, lists.places,
                 *setup.row_strides(lists), setup.kv_stride,
-                setup.group, heads, leading_tiles(lists, tiles_m, heads, q.device), *quota,
+                setup.group, heads, sections, *quota,
             ),
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
@@ -170,6 +171,7 @@ def backward(
         lists = key_lists(mask, members, q.device, descending=True)
         units = setup.batch * setup.heads // members
         tiles_m, tiles_n = mask.block_size[0] // block_m, mask.block_size[1] // _STAYS
+        lists, sections = in_sections(lists, tiles_n, units, q.device, backwards=False)
         programs, *quota = queue(tiles * setup.group // members, q.device, g.beside)
         score_gradient = None
         if mod is not None:
@@ -181,7 +183,7 @@ def backward(
                 *setup.key_lists(lists), setup.mask_mod.tables, *setup.lengths[1:],
                 terms.delta.shape[2], setup.heads, setup.group, members, lists.blocks,
                 *setup.row_strides(lists), *setup.order_strides(lists, setup.heads // members),
-                setup.kv_stride, 1, units, leading_tiles(lists, tiles_n, units, q.device), *quota,
+                setup.kv_stride, 1, units, sections, *quota,
             ),
             (
                 setup.mask_mod.function, score_function, score_gradient, ADD.value,

@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ringflex.kernels.block_lists import BlockLists
+from ringflex.kernels.device_arrays import to_device
 
 _COUNTERS = 2048  # launches that may be under way at once
 _GENERATIONS = 4  # of programs
@@ -40,16 +41,36 @@ def _descriptor(x: Tensor, block: list[int], layout: gl.NVMMASharedLayout) -> Te
     return descriptor
 
 
-def leading_tiles(lists: BlockLists, tiles: int, heads: int, device: torch.device) -> int:
-    """How many of a head's tiles come head by head; see `hopper_common.head_and_place`. Those that
-    remain for the end are as much work as the longest tile is for all multiprocessors.
+def in_sections(
+    lists: BlockLists, tiles: int, heads: int, device: torch.device, *, backwards: bool
+) -> tuple[BlockLists, Tensor]:
+    """Lists in the order of the queue, and the places where its sections end (tiles; int32).
+
+    Most rows come first, in the order of the sequence: neighbours read the same, while it is in
+    the L2 cache. Of those that remain, as much work as the longest row is for all multiprocessors,
+    the longest come first, so that programs end at about the same time; but rows of nearly the
+    same work, within a factor of two, are one section, again in the order of the sequence.
 
     Args:
         tiles: per block. heads: in all.
+        backwards: the sequence from its end; where masks are causal, forward, longest first.
     """
+    places = len(lists.work)
     remaining = np.cumsum(lists.work[::-1])[::-1] * tiles * heads
     enough = remaining >= lists.work.max(initial=0) * multiprocessors(device)
-    return int(np.count_nonzero(enough)) * tiles
+    first = int(np.count_nonzero(enough))
+    size = np.ceil(np.log2(np.maximum(lists.work[first:], 1)))
+    ends = np.r_[first, first + 1 + np.flatnonzero(np.diff(size)), places]
+    ends = np.unique(ends[ends > 0])
+    order = lists.order_here.copy()
+    for begin, end in zip(np.r_[0, ends], ends, strict=False):
+        section = np.sort(order[:, begin:end], axis=1)
+        order[:, begin:end] = section[:, ::-1] if backwards else section
+    aligned = -order.size % 4  # to 16 bytes
+    both = np.r_[order.ravel(), np.zeros(aligned, dtype=np.int64), ends * tiles]
+    moved = to_device(both.astype(np.int32), device)
+    lists = lists._replace(order=moved[: order.size].view(order.shape), order_here=order)
+    return lists, moved[order.size + aligned :]
 
 
 def queue(tiles: int, device: torch.device, beside: bool) -> tuple[int, int, int]:

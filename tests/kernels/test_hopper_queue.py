@@ -10,49 +10,75 @@ import torch
 import ringflex as rf
 from ringflex.kernels import hopper_common
 from ringflex.kernels.block_lists import key_lists, query_lists
-from ringflex.kernels.hopper_launch import leading_tiles, multiprocessors, queue
+from ringflex.kernels.hopper_launch import in_sections, multiprocessors, queue
 
 CPU = torch.device("cpu")
+
+
+class Pointer:
+    def __init__(self, values: np.ndarray, at: int = 0) -> None:
+        self.values, self.at = values, at
+
+    def __add__(self, step: int) -> "Pointer":
+        return Pointer(self.values, self.at + step)
+
+    def load(self) -> int:
+        return int(self.values[self.at])
 
 
 @pytest.fixture
 def head_and_place(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """The device function, run by Python."""
-    monkeypatch.setattr(hopper_common, "gl", SimpleNamespace(minimum=min))
+    device = SimpleNamespace(minimum=min, load=Pointer.load, to_tensor=int)
+    monkeypatch.setattr(hopper_common, "gl", device)
     return hopper_common.head_and_place.fn
 
 
 @pytest.mark.parametrize("together", [1, 3, 4])
-@pytest.mark.parametrize("leading", [0, 1, 5, 9])
+@pytest.mark.parametrize("ends", [[9], [1, 9], [5, 6, 9], [1, 2, 3, 8, 9]])
 @pytest.mark.parametrize("heads", [1, 4, 10])
-def test_every_tile_once(together: int, leading: int, heads: int, head_and_place) -> None:  # type: ignore[no-untyped-def]
-    tiles = [head_and_place(work, together, heads, leading) for work in range(heads * 9)]
+def test_every_tile_once(together: int, ends: list[int], heads: int, head_and_place) -> None:  # type: ignore[no-untyped-def]
+    sections = Pointer(np.array(ends))
+    tiles = [head_and_place(work, together, heads, sections) for work in range(heads * 9)]
     assert sorted(tiles) == [(head, place) for head in range(heads) for place in range(9)]
-    for head in range(heads):  # the longest first
+    for head in range(heads):
         places = [place for h, place in tiles if h == head]
         assert places == sorted(places)
+    section = [np.searchsorted(ends, place, side="right") for _, place in tiles]
+    assert section == sorted(section)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("mask", ["causal", "documents", "full"])
+@pytest.mark.parametrize("mask", ["causal", "documents", "window", "full"])
 def test_programs_end_together(mask: str, transposed: bool, head_and_place) -> None:  # type: ignore[no-untyped-def]
-    """With the work of each tile known, the last program ends within a tenth of the average."""
-    S, heads = 16_384, 32
+    """With the work of each tile known, the last program ends within a tenth of the average; and
+    what neighbours read, they read one after the other."""
+    S, heads, tiles = 16_384, 32, 2
     lengths = [3000, 700, 5000, 100, 2500, 1000, 4000, 84]
     mod = {
         "causal": rf.causal(),
         "documents": rf.causal() & rf.document_from_lengths(lengths),
+        "window": rf.causal() & rf.sliding_window(4096),
         "full": rf.full(),
     }[mask]
     block_mask = rf.create_block_mask(mod, None, None, S, S)
     make = key_lists if transposed else lambda mask, groups, device: query_lists(mask, device)
-    lists = make(block_mask, 1, CPU)
-    leading = leading_tiles(lists, 1, heads, CPU)
-    busy = [0.0] * multiprocessors(CPU)
-    for work in range(heads * lists.blocks):
-        _, place = head_and_place(work, 4, heads, leading)
-        heapq.heappush(busy, heapq.heappop(busy) + lists.work[place] + 1)
+    before = make(block_mask, 1, CPU)
+    lists, sections = in_sections(before, tiles, heads, CPU, backwards=not transposed)
+    assert sections[-1] == lists.blocks * tiles and (sections.diff() > 0).all()
+    order = lists.order[0].long()
+    assert order.sort().values.equal(torch.arange(lists.blocks))
+    work = torch.from_numpy(before.visited[0])[order]
+    busy, apart = [0.0] * multiprocessors(CPU), []
+    pointer, last = Pointer(sections.numpy()), 0
+    for number in range(heads * lists.blocks * tiles):
+        _, place = head_and_place(number, 4, heads, pointer)
+        at = int(order[place // tiles])
+        apart.append(abs(at - last))
+        last = at
+        heapq.heappush(busy, heapq.heappop(busy) + int(work[place // tiles]) + 1)
     assert max(busy) < 1.1 * np.mean(busy)
+    assert np.mean(np.array(apart) <= 1) > 0.9
 
 
 @pytest.mark.parametrize("tiles", [1, 131, 132, 133, 4096, 70001])
