@@ -111,20 +111,22 @@ def one_gpu(
 ) -> dict[str, Any] | None:
     """What our kernel takes for the whole problem on every GPU alone, all at once, `again` to
     measure that, and a sample of the results; None where it does not fit."""
-    S = spec.tokens
     samples: list[Sample] = []
+    keep = lambda results: samples.append(Sample.of(results))
 
     def make() -> tuple[Contender, tuple[Tensor, ...]]:
-        mask = rf.create_block_mask(p.mask_mod, None, None, S, S, device=world.device)
-        contender = Contender(name="one GPU", run=_attention(mask, arguments.backend))
-        *leaves, dout = tensors = inputs(spec, world.device, contender)
-        out = contender.run(*leaves)
-        samples.append(Sample.of([out.detach(), *torch.autograd.grad(out, leaves, dout)]))
+        contender = _alone(arguments, spec, p, world.device)
+        tensors = inputs(spec, world.device, contender)
+        if not arguments.once:
+            *leaves, dout = tensors
+            out = contender.run(*leaves)
+            keep([out.detach(), *torch.autograd.grad(out, leaves, dout)])
         return contender, tensors
 
     try:
-        again = partial(measure, world, *world.together(make), arguments.seconds)
-        found = again()
+        case = world.together(make)
+        again = partial(measure, world, *case, arguments.seconds)
+        found = measure(world, *case, None, keep) if arguments.once else again()
     except Exception as problem_:
         if "OutOfMemoryError" not in describe(problem_):
             raise
@@ -132,6 +134,14 @@ def one_gpu(
     finally:
         _free()
     return {**found, "sample": samples[0], "again": again}
+
+
+def _alone(
+    arguments: argparse.Namespace, spec: Spec, p: Problem, device: torch.device
+) -> Contender:
+    S = spec.tokens
+    mask = rf.create_block_mask(p.mask_mod, None, None, S, S, device=device)
+    return Contender(name="one GPU", run=_attention(mask, arguments.backend))
 
 
 def bench(
@@ -191,9 +201,12 @@ def bench(
 
 
 def _rehearse(world: World, arguments: argparse.Namespace, spec: Spec) -> None:
-    """A short sequence by every way of ours: ranks know each other."""
+    """A short sequence by every way of ours, and on one GPU: kernels are compiled, and ranks know
+    each other."""
     short = dataclasses.replace(spec, tokens=min(spec.tokens, SHORT))
-    for _, make in ours(world, arguments, short, problem(short, world.device)):
+    p = problem(short, world.device)
+    alone = partial(_alone, arguments, short, p, world.device)
+    for make in (alone, *(make for _, make in ours(world, arguments, short, p))):
         contender = world.together(make)
         *leaves, dout = world.together(partial(inputs, short, world.device, contender))
         world.together(partial(_both, contender.run, leaves, dout))
@@ -307,7 +320,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
     parser.add_argument(
         "--once", action="store_true",
-        help="time the first run with transfers, for very long sequences",
+        help="time the first runs, for very long sequences",
     )  # fmt: skip
     parser.add_argument("--timeout", type=float, default=60, help="seconds; longer than any run")
     parser.add_argument("--device", choices=["cuda", "cpu"], default=default_device())
