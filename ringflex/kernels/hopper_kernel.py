@@ -57,6 +57,7 @@ _STAYS = 128  # queries of a forward tile, keys of a backward tile
 _GROUP = 64  # of them, to a warpgroup
 _REGISTERS = (240, 24)  # per thread of the consumers and the producer
 _LARGEST_BACKWARD_DIM = 128
+_EVEN = 0.75  # mean work of rows over the longest's, from which on heads of a group stay together
 _FEW = 0.5  # tiles of keys per multiprocessor
 
 
@@ -210,8 +211,8 @@ def backward(
 
 def _heads_of_a_tile(setup: Setup, device: torch.device) -> int:
     """Query heads that a tile of keys serves: its whole group, so that dK and dV are written once;
-    or one, where programs walk the same queries at the same time, and those of a group take more
-    than half of the L2 cache. Kept on the mask."""
+    or one, where rows are of unequal work, or where programs walk the same queries at the same
+    time, and those of a group take more than half of the L2 cache. Kept on the mask."""
     mask, D, Dv = setup.mask, setup.dims[0], setup.dims[2]
     key = ("heads of a tile", setup.group, D, Dv, device)
     if key not in mask.cache:
@@ -219,6 +220,7 @@ def _heads_of_a_tile(setup: Setup, device: torch.device) -> int:
         walked = float((lists.work**2).sum() / max(1, lists.work.sum())) * mask.block_size[0]
         of_a_head = walked * (6 * D + 2 * Dv)  # bytes of q, dout, and dQ in fp32
         apart = lists.begin_together and 2 * setup.group * of_a_head > l2_cache(device)
+        apart |= bool(lists.work.mean() < _EVEN * lists.work.max())
         mask.cache[key] = 1 if apart else setup.group
     heads: int = mask.cache[key]
     return heads
