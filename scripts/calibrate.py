@@ -105,6 +105,7 @@ def _exchange(world: World, peer: int, nbytes: int) -> float:
     """Seconds."""
     out, into = (torch.zeros(nbytes, dtype=torch.uint8, device=world.device) for _ in range(2))
     world.align()
+    world.head_start()
     start = world.mark()
     works = dist.batch_isend_irecv(
         [dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, into, peer)]

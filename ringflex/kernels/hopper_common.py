@@ -1,9 +1,10 @@
 """What the Hopper kernels share: the queue of tiles, and records in shared memory.
 
 A program's producer warp takes tiles of work from a counter in global memory, neighbours one after
-the other, short ones last (`hopper_launch.in_sections`), and hands them to the consumer warps with whatever they need to know, while these are still busy with
-the tile before. A program fills a multiprocessor: one for each takes tiles until none is left; or
-there are more, of a quota of tiles each, and between them the multiprocessor is free for others.
+the other, short ones last (`hopper_launch.in_sections`), and hands them to the consumer warps with
+whatever they need to know, while these are still busy with the tile before. A program fills a
+multiprocessor: one for each takes tiles until none is left; or there are more, of a quota of tiles
+each, and between them the multiprocessor is free for others.
 """
 
 from __future__ import annotations

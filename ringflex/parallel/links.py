@@ -25,6 +25,7 @@ class Costs:
     Attributes:
         near, far: within a node, and between nodes. hidden: share of that, if a kernel runs beside.
         begin: what a round costs beside its blocks.
+        room: blocks that may come to a rank in a round within its node, however few it holds.
         node: ranks of a node.
     """
 
@@ -32,6 +33,7 @@ class Costs:
     far: float
     hidden: float
     begin: float
+    room: int
     node: int
 
     @classmethod
@@ -41,7 +43,7 @@ class Costs:
         begin = 2 * (machine.launch + machine.latency)  # forward and backward
         return cls(
             near=near / block, far=far / block, hidden=machine.hidden, begin=begin / block,
-            node=machine.gpus_per_node,
+            room=machine.at_once // block_size, node=machine.gpus_per_node,
         )  # fmt: skip
 
     def _round(self, near: Array, far: Array) -> float:
@@ -52,9 +54,14 @@ class Costs:
     def direct(self, read: Array, share: int) -> Rounds:
         """If owners send what each rank reads.
 
+        What a round brings is to be there when the one before is computed: more where links are
+        fast, but no less than a rank holds, as it has as many to compute with.
+
         Args:
             share: blocks that a rank holds.
         """
+        across = read.shape[0] > self.node
+        room = max(share, int(self.room * (self.near / self.far if across else 1.0)))
         transfers = Transfers.of(read[:, :, None])
         far = transfers.reader // self.node != transfers.source // self.node
         split = replace(transfers, load=transfers.load * np.stack([~far, far], axis=1))
@@ -63,7 +70,7 @@ class Costs:
             moved = (np.maximum(came, gone) for came, gone in split.sums(number))
             return sum(self._round(m[:, 0], m[:, 1]) for m in moved)
 
-        return _shortest(transfers, share, 2 * share, busy)
+        return _shortest(transfers, room, 2 * room, busy)
 
     def relayed(self, read: Array, union: Array, share: int) -> Rounds:
         """Between nodes, if what a node reads of another's comes to the rank at its owner's place,

@@ -28,6 +28,9 @@ class Machine:
         near, far: bytes/s each way of one GPU, within a node and between nodes.
         latency: seconds before a transfer's first byte.
         hidden: share of its own time by which a transfer slows the kernel that it runs beside.
+        at_once: tokens of K/V that a step of "direct" may bring to a rank within its node, however
+            few it holds itself, as every step costs time; between nodes, as many as come there in
+            the same time.
         one_pass: whether the backward kernel computes dQ together with dK and dV.
     """
 
@@ -39,6 +42,7 @@ class Machine:
     far: float = 45e9
     latency: float = 20e-6
     hidden: float = 0.5
+    at_once: int = 65536
     one_pass: bool = True
 
     @classmethod
@@ -59,7 +63,7 @@ class Machine:
         for name in ("forward", "backward", "near", "far", "gpus_per_node"):
             if not getattr(self, name) > 0:  # nor NaN
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-        for name in ("launch", "latency", "hidden"):
+        for name in ("launch", "latency", "hidden", "at_once"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
 

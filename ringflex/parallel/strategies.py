@@ -48,8 +48,9 @@ def add_steps(strategy: str, maker: StepMaker) -> None:
 
 def _add_direct_steps(maker: StepMaker) -> None:
     """From each owner what its readers see: of several in a step, as long as nobody is brought more
-    than it holds itself. Documents and windows need few blocks of many ranks, and ranks whose work
-    differs from step to step wait for each other at every one."""
+    than it holds itself, or than a few milliseconds bring. Documents and windows need few blocks of
+    many ranks; every step merges anew, and ranks whose work differs from step to step wait for each
+    other at every one."""
     rank, found = maker.rank, maker.reads.direct
     rounds = zip(found.sources(rank), found.readers(rank), strict=True)
     for number, (owners, readers) in enumerate(rounds, start=1):

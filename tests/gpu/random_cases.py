@@ -59,6 +59,7 @@ def simulate(kind: int) -> None:
         plans = rf.plan_all(
             p.mask, case.seq_len, 2, B=case.B, H=case.Hq,
             layout=layout, strategy=strategy, block_size=case.block_size,
+            machine=rf.Machine(at_once=case.seed % 2 * 65536),
         )  # fmt: skip
         found = run_ranks(plans, triton_kernel, p.q, p.k, p.v, p.dout, p.score)
         assert_equals_reference(case, found, f"{layout} {strategy}")

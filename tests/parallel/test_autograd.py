@@ -29,6 +29,7 @@ def twice_on_rank(
                 plan = rf.plan(
                     problem.mask, case.seq_len, group,
                     layout=layout, strategy=strategy, block_size=case.block_size,
+                    machine=rf.Machine(at_once=0),
                 )  # fmt: skip
                 results.append(attend(problem.shard(plan), plan))
             assert_same_bits(*results)

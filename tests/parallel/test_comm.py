@@ -93,6 +93,7 @@ def traffic_on_rank(
         plan = rf.plan(
             problem.mask, case.seq_len, group, B=case.B, H=case.Hq,
             layout=layout, strategy=strategy, block_size=case.block_size,
+            machine=rf.Machine(at_once=0),
         )  # fmt: skip
         local = problem.shard(plan)
         comm = plan.comm

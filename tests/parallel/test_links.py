@@ -65,7 +65,8 @@ def test_links_are_busy_as_long_as_the_steps_say(strategy: str, data: st.DataObj
     case = Case(
         mask=data.draw(st.sampled_from(list(MASKS))), seq_len=data.draw(st.integers(1, 600))
     )
-    machine = rf.Machine(gpus_per_node=per_node)
+    at_once = data.draw(st.sampled_from([0, 64, 1000]))
+    machine = rf.Machine(gpus_per_node=per_node, at_once=at_once)
     plans = rf.plan_all(
         case.mask_mod(), case.seq_len, W, B=case.B, H=case.Hq, block_size=16, strategy=strategy,
         layout=data.draw(st.sampled_from(LAYOUTS)), machine=machine,
@@ -100,8 +101,12 @@ def test_links_are_busy_as_long_as_the_steps_say(strategy: str, data: st.DataObj
 def test_the_strategy_follows_from_what_moves(
     mask: rf.MaskMod, layout: str, W: int, expected: str
 ) -> None:
-    plans = rf.plan_all(mask, 16384, W, layout=layout)
+    plans = rf.plan_all(mask, 16384, W, layout=layout, machine=rf.Machine(at_once=0))
     assert {plan.strategy for plan in plans} == {expected}
+
+
+def test_where_ranks_hold_little_few_steps_are_best() -> None:
+    assert rf.plan_all(rf.causal(), 16384, 8, layout="zigzag")[0].strategy == "direct"
 
 
 def test_relays_need_whole_nodes() -> None:

@@ -30,6 +30,7 @@ from ringflex.reference import Reference, reference_attention_with_gradients
 from simulated_ranks import run_ranks
 
 NATIVE = DEVICE.type == "cuda"
+MANY_STEPS = rf.Machine(at_once=0)
 KERNELS = {"eager": eager, "triton": triton_kernel}
 
 
@@ -40,7 +41,7 @@ def simulate(
     layout: str = "zigzag",
     strategy: str = "ring",
     options: KernelOptions | None = None,
-    machine: rf.Machine | None = None,
+    machine: rf.Machine = MANY_STEPS,
 ) -> Reference:
     p = case.build(device=DEVICE)
     plans = rf.plan_all(
@@ -70,7 +71,7 @@ def test_simulated_ranks_are_exact(layout: str, strategy: str, world_size: int) 
 @pytest.mark.parametrize(("nodes", "per_node"), [(2, 2), (2, 3), (4, 4), (5, 1), (1, 4)])
 def test_simulated_nodes_are_exact(layout: str, nodes: int, per_node: int) -> None:
     case = Case(mask="document rows", score="relative", seq_len=150)
-    machine = rf.Machine(gpus_per_node=per_node)
+    machine = rf.Machine(gpus_per_node=per_node, at_once=0)
     found = simulate(
         case, nodes * per_node, layout=layout, strategy="hierarchical", machine=machine
     )
@@ -93,7 +94,7 @@ def test_the_error_does_not_grow_with_ranks(dtype: torch.dtype) -> None:
     )
 
     def errors(world_size: int, layout: str, strategy: str) -> list[float]:
-        nodes = rf.Machine(gpus_per_node=4)
+        nodes = rf.Machine(gpus_per_node=4, at_once=0)
         found = simulate(case, world_size, kernel, layout, strategy, machine=nodes)
         return [
             float((x.double() - want).square().mean().sqrt())
@@ -186,7 +187,7 @@ def test_two_lanes_compute_the_same(
 @pytest.mark.parametrize("strategy", ["ring", "hierarchical"])
 def test_gradients_may_travel_in_bf16(strategy: str) -> None:
     case = Case(mask="causal", seq_len=128, B=1, dtype=torch.float32)
-    nodes = rf.Machine(gpus_per_node=2)
+    nodes = rf.Machine(gpus_per_node=2, at_once=0)
     plain, narrow = (
         simulate(case, 4, strategy=strategy, machine=nodes, options=KernelOptions.of(options))
         for options in ({}, {"gradient_dtype": torch.bfloat16})

@@ -171,7 +171,10 @@ def test_unshard_without_a_group() -> None:
 
 def test_stats() -> None:
     """128 causal tokens in blocks of 16 on 4 ranks: small enough to count by hand."""
-    plans = rf.plan_all(rf.causal(), 128, 4, layout="contiguous", strategy="direct", block_size=16)
+    plans = rf.plan_all(
+        rf.causal(), 128, 4, layout="contiguous", strategy="direct", block_size=16,
+        machine=rf.Machine(at_once=0),
+    )  # fmt: skip
     stats = plans[2].stats
     assert stats.work == (3, 7, 11, 15)
     assert stats.imbalance == 15 / 9
@@ -196,9 +199,10 @@ def test_stats() -> None:
 
 
 def test_describe() -> None:
-    plan = rf.plan_all(rf.causal(), 128, 4, layout="contiguous", strategy="direct", block_size=16)[
-        2
-    ]
+    plan = rf.plan_all(
+        rf.causal(), 128, 4, layout="contiguous", strategy="direct", block_size=16,
+        machine=rf.Machine(at_once=0),
+    )[2]  # fmt: skip
     assert plan.describe().splitlines() == [
         "rank 2 of 4: 128 tokens, layout contiguous, strategy direct, blocks of 16",
         "work 11 visible blocks, slowest rank 1.67x the mean; 33.3% of remote K/V never received",

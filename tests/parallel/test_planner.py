@@ -56,11 +56,27 @@ def test_what_comes_of_many_ranks_in_few_blocks_comes_in_one_step() -> None:
 def test_a_step_brings_at_most_what_a_rank_holds() -> None:
     S, W, share = 8 * 16 * 128, 8, 16
     some = lambda b, h, q, kv: kv % (16 * 128) < 3 * 128
+    machine = rf.Machine(at_once=0)
     for mask, wanted in ((some, [15, 6]), (rf.full(), [share] * 7)):
-        for plan in rf.plan_all(mask, S, W, layout="contiguous", strategy="direct"):
+        for plan in rf.plan_all(
+            mask, S, W, layout="contiguous", strategy="direct", machine=machine
+        ):
             arrivals = [sum(t.count for t in step.receives) for step in plan.steps[1:]]
             assert arrivals == wanted
             assert sum(arrivals) == sum(plan.stats.blocks_received)
+
+
+@pytest.mark.parametrize(
+    ("at_once", "wanted"), [(40, [32, 32, 32, 16]), (112, [112]), (113, [112])]
+)
+def test_a_step_may_bring_more(at_once: int, wanted: list[int]) -> None:
+    S, machine = 8 * 16 * 128, rf.Machine(at_once=at_once * 128)
+    for plan in rf.plan_all(rf.full(), S, 8, strategy="direct", machine=machine):
+        assert [sum(t.count for t in step.receives) for step in plan.steps[1:]] == wanted
+    slow = rf.Machine(at_once=112 * 128, near=400e9, far=100e9, gpus_per_node=4)
+    for plan in rf.plan_all(rf.full(), S, 8, strategy="direct", machine=slow):
+        arrivals = [sum(t.count for t in step.receives) for step in plan.steps[1:]]
+        assert max(arrivals) <= 112 / 4 and sum(arrivals) == 112
 
 
 # What is received.

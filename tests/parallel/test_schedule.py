@@ -68,7 +68,7 @@ def compare_on_rank(
             layout=layout,
             strategy=strategy,
             block_size=case.block_size,
-            machine=rf.Machine(gpus_per_node=2) if strategy == "hierarchical" else None,
+            machine=rf.Machine(gpus_per_node=2 if strategy == "hierarchical" else 8, at_once=0),
         )
         found = tensors(attend(problem.shard(plan, fill), plan))
         whole = tensors(expected)

@@ -237,7 +237,8 @@ def test_steps_of_all_ranks_fit_together(layout: str, strategy: str, data: st.Da
         seq_len=data.draw(st.integers(1, 320)),
         block_size=data.draw(st.sampled_from([7, 16, 32])),
     )
-    nodes = rf.Machine(gpus_per_node=data.draw(st.integers(1, 4)))
+    at_once = data.draw(st.sampled_from([0, 100, 1000]))
+    nodes = rf.Machine(gpus_per_node=data.draw(st.integers(1, 4)), at_once=at_once)
     plans = plans_of(case, data.draw(st.integers(1, 9)), layout, strategy, nodes)
     play(plans)
     check_needs(case, plans)
@@ -289,8 +290,9 @@ def test_batch_elements_get_only_what_they_need() -> None:
     """Documents differ from row to row of the batch: the second row is one document."""
     ids = torch.stack([torch.arange(128) // 32, torch.zeros(128, dtype=torch.int64)])
     plans = rf.plan_all(
-        rf.document(ids), 128, 4, B=2, layout="contiguous", strategy="direct", block_size=16
-    )
+        rf.document(ids), 128, 4, B=2, layout="contiguous", strategy="direct", block_size=16,
+        machine=rf.Machine(at_once=0),
+    )  # fmt: skip
     for plan in plans:
         # Two blocks a rank: the first row's document is local, the second row needs all the rest.
         assert sum(plan.stats.blocks_received) == 6
