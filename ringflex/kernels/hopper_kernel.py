@@ -58,7 +58,7 @@ _GROUP = 64  # of them, to a warpgroup
 _REGISTERS = (240, 24)  # per thread of the consumers and the producer
 _LARGEST_BACKWARD_DIM = 128
 _EVEN = 0.75  # mean work of rows over the longest's, from which on heads of a group stay together
-_FEW = 0.5  # tiles of keys per multiprocessor
+_FEW, _MANY = 0.5, 10  # tiles of keys per multiprocessor
 
 
 def forward(
@@ -158,7 +158,7 @@ def backward(
     wanted = () if mod is None else mod.wanted([d is not None for d in g.dcaptures])
     pairs = [] if mod is None else accumulators(mod, wanted)
     dq = sum_of_queries(g)
-    members = _heads_of_a_tile(setup, q.device)
+    members = _heads_of_a_tile(setup, q.device, tiles if g.beside else None)
     dk, dv = (g.dk, g.dv) if members == setup.group else _sums_of_keys(g)
     score_function = None if mod is None else mod.function()
     D, Dv, D_PAD, DV_PAD = _dims(setup)
@@ -209,10 +209,16 @@ def backward(
         mod.add_to_captures([next(sums) if want else None for want in wanted], g.dcaptures)
 
 
-def _heads_of_a_tile(setup: Setup, device: torch.device) -> int:
+def _heads_of_a_tile(setup: Setup, device: torch.device, beside: int | None) -> int:
     """Query heads that a tile of keys serves: its whole group, so that dK and dV are written once;
     or one, where rows are of unequal work, or where programs walk the same queries at the same
-    time, and those of a group take more than half of the L2 cache. Kept on the mask."""
+    time, and those of a group take more than half of the L2 cache. Kept on the mask.
+
+    beside: tiles of whole groups, if other kernels' programs come between theirs: where these are
+        few and long, they would not end at about the same time.
+    """
+    if beside is not None and beside <= _MANY * multiprocessors(device):
+        return 1
     mask, D, Dv = setup.mask, setup.dims[0], setup.dims[2]
     key = ("heads of a tile", setup.group, D, Dv, device)
     if key not in mask.cache:

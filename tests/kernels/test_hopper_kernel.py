@@ -116,19 +116,23 @@ def test_portable_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (rf.causal(), 65_536, 1),
         (rf.causal(), 16_384, 1),
-        (rf.causal(), 8_192, 4),  # a group's queries fit into the L2 cache
+        (rf.causal(), 1_024, 1),  # some keys are seen by many more queries than others
+        (rf.causal() & rf.document_from_lengths([1000] * 65 + [536]), 65_536, 1),
+        (rf.full(), 16_384, 1),  # a group's queries do not fit into the L2 cache
+        (rf.full(), 4_096, 4),
         (rf.causal() & rf.sliding_window(4096), 65_536, 4),  # programs walk queries of their own
-        (rf.causal() & rf.document_from_lengths([1000] * 65 + [536]), 65_536, 4),
     ],
     ids=str,
 )
-def test_heads_of_a_group_are_apart_where_the_cache_is_too_small(
+def test_heads_of_a_group_are_apart_where_that_is_faster(
     mask: rf.MaskMod, tokens: int, heads: int
 ) -> None:
     block_mask = rf.create_block_mask(mask, None, None, tokens, tokens)
     q, k = (torch.zeros(1, h, 1, 128).half().expand(-1, -1, tokens, -1) for h in (4, 1))
     setup = triton_setup.Setup.of(q, k, k, block_mask, KernelOptions())
-    assert hopper_kernel._heads_of_a_tile(setup, q.device) == heads
+    assert hopper_kernel._heads_of_a_tile(setup, q.device, None) == heads
+    assert hopper_kernel._heads_of_a_tile(setup, q.device, 10_000) == heads
+    assert hopper_kernel._heads_of_a_tile(setup, q.device, 1_000) == 1
 
 
 @pytest.mark.parametrize("cache", [0, 50 << 20])
