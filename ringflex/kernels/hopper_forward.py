@@ -333,6 +333,11 @@ def _consume(
                         True, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
                         D_PAD, DV_PAD, GROUP, ANEW,
                     )  # fmt: skip
+            if PARTIAL:
+                acc, p16, m, l = carry
+                # Plus 0, unknown to the assembler, which would copy weights in every step of both
+                # loops to have them in the same registers.
+                carry = acc, p16 + (count >> 30), m, l
             for number in range(done + gl.maximum(partial, 1), done + count):
                 carry = _step(
                     number, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit,
