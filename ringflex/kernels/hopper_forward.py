@@ -382,7 +382,7 @@ def _write(
     MERGE_FIRST: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, O: gl.constexpr,
 ):  # fmt: skip
     """Merges with what was computed before, and writes; see `triton_forward.forward_kernel`."""
-    out, lse, before_out, before_lse = results[:4]
+    out, lse, before_out, before_lse, first_lse = results
     row = start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
     rows_inside = row < q_len
     inside = rows_inside[:, None]
@@ -391,20 +391,22 @@ def _write(
     empty = l == 0
     part_lse = gl.where(empty, float("-inf"), m + gl.log2(gl.where(empty, 1.0, l)))  # base 2
     weight = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, l))
-    if STAGED and not MERGE_FIRST:
+    if MERGE_LSE:
+        ALONE: gl.constexpr = STAGED and not MERGE_FIRST  # queries that begin merge with nothing
+        merges = turn & BEGINS == 0 if ALONE else True
         new_lse = part_lse.to(before_lse[0].dtype.element_ty)
-        if turn & BEGINS == 0:
-            acc, new_lse = _merged(
-                results, acc, weight, part_lse, b, h, start, row, rows_inside, inside, turn,
-                MERGE_OUT, STAGED, MERGE_FIRST, DV_PAD, O,
-            )  # fmt: skip
+        if merges:
+            old = earlier_lse(
+                before_lse, first_lse, b, h, row, rows_inside, turn, STAGED, MERGE_FIRST
+            )
+            old_weight, new_weight, new_lse = merge_weights(old, part_lse)
+            acc = acc * (weight * new_weight)[:, None]
+            if MERGE_OUT:
+                if turn & BEGINS == 0:
+                    places = _places(before_out, b, h, start, DV_PAD, O)
+                    acc += gl.load(places, mask=inside, other=0) * old_weight[:, None]
         else:
             acc = acc * weight[:, None]
-    elif MERGE_LSE:
-        acc, new_lse = _merged(
-            results, acc, weight, part_lse, b, h, start, row, rows_inside, inside, turn,
-            MERGE_OUT, STAGED, MERGE_FIRST, DV_PAD, O,
-        )  # fmt: skip
     else:
         acc = acc * weight[:, None]
         new_lse = part_lse
@@ -420,24 +422,6 @@ def _write(
         result = acc.to(out[0].dtype.element_ty)
         gl.store(_places(out, b, h, start, DV_PAD, O), result, mask=inside)
         gl.store(row_places(lse, b, h, row), new_lse * LN2, mask=rows_inside)
-
-
-@gluon.jit
-def _merged(
-    results, acc, weight, part_lse, b, h, start, row, rows_inside, inside, turn,
-    MERGE_OUT: gl.constexpr, STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
-    DV_PAD: gl.constexpr, O: gl.constexpr,
-):  # fmt: skip
-    """The result and its lse, base 2, merged with what was computed before."""
-    before_out, before_lse, first_lse = results[2:]
-    old = earlier_lse(before_lse, first_lse, b, h, row, rows_inside, turn, STAGED, MERGE_FIRST)
-    old_weight, new_weight, new_lse = merge_weights(old, part_lse)
-    acc = acc * (weight * new_weight)[:, None]
-    if MERGE_OUT:
-        if turn & BEGINS == 0:
-            before = gl.load(_places(before_out, b, h, start, DV_PAD, O), mask=inside, other=0)
-            acc += before * old_weight[:, None]
-    return acc, new_lse
 
 
 @gluon.jit(
