@@ -333,7 +333,6 @@ def _consume(
                         True, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
                         D_PAD, DV_PAD, GROUP, ANEW,
                     )  # fmt: skip
-            if PARTIAL:
                 acc, p16, m, l = carry
                 # Plus 0, unknown to the assembler, which would copy weights in every step of both
                 # loops to have them in the same registers.

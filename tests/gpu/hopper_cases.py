@@ -92,10 +92,10 @@ def few() -> list[tuple[Case, str]]:
 
 
 def check(case: Case, strategy: str) -> None:
-    """On one device, or by two ranks simulated in this process, whose results merge. With an odd
-    seed, as if the L2 cache were small: heads of a group are apart in some backwards."""
-    cache = 0 if case.seed % 2 else 50 << 20
-    with mock.patch.object(hopper_kernel, "l2_cache", return_value=cache):
+    """On one device, or by two ranks simulated in this process, whose results merge. In the
+    backward heads of a group are apart with an odd seed, and together with an even one."""
+    even = 2.0 if case.seed % 2 else 0.0
+    with mock.patch.multiple(hopper_kernel, _EVEN=even, _MANY=0):
         _check(case, strategy)
 
 
