@@ -334,9 +334,11 @@ def _consume(
                         D_PAD, DV_PAD, GROUP, ANEW,
                     )  # fmt: skip
                 acc, p16, m, l = carry
-                # Plus 0, unknown to the assembler, which would copy weights in every step of both
-                # loops to have them in the same registers.
-                carry = acc, p16 + (count >> 30), m, l
+                if score_mod is None:
+                    # Plus 0, unknown to the assembler, which would copy weights in every step of
+                    # both loops to have them in the same registers.
+                    p16 += count >> 30
+                carry = acc, p16, m, l
             for number in range(done + gl.maximum(partial, 1), done + count):
                 carry = _step(
                     number, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit,
