@@ -34,8 +34,8 @@ class Machine:
         one_pass: whether the backward kernel computes dQ together with dK and dV.
     """
 
-    forward: float = 635e12
-    backward: float = 510e12
+    forward: float = 680e12
+    backward: float = 555e12
     launch: float = 40e-6
     gpus_per_node: int = 8
     near: float = 200e9
