@@ -47,7 +47,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     flex = FLEX_FA4 if any(r["contender"] == FLEX_FA4 for r in rows) else FLEX
     rows = [r for r in rows if r["contender"] in (OURS, flex)]
-    masks = [mask for mask in MASKS if any(r["mask"] == mask for r in rows)]
     dims = sorted({r["dim"] for r in rows})
     lengths = sorted({r["tokens"] for r in rows})
     figure, axes = plt.subplots(2, len(dims), figsize=(5.2 * len(dims), 7), squeeze=False)
@@ -56,6 +55,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         enumerate(("forward", "backward")), enumerate(dims)
     ):
         axis = axes[i][j]
+        masks = [m for m in MASKS if any((r["mask"], r["dim"]) == (m, dim) for r in rows)]
         for n, tokens in enumerate(lengths):
             values = []
             for mask in masks:
