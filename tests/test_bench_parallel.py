@@ -79,6 +79,14 @@ def test_the_silent_plan_computes_all_steps_without_a_group():
     assert [g.shape for g in (out, *grads)] == [x.shape for x in (q, q, k, v)]
 
 
+def test_a_silent_plan_receives_noise():
+    comm = measuring.silent(rf.plan_all(rf.causal(), 512, 2)[0], ALONE).comm
+    kv, gradient = torch.zeros(1 << 25, dtype=torch.bfloat16), torch.zeros(2, 70_000)
+    comm.exchange([], [(1, kv), (1, gradient)], name="K/V and dK/dV", step=1).wait()
+    for x in (kv, gradient):
+        assert x.float().std() == pytest.approx(1, abs=0.01)
+
+
 def test_a_wrong_result_differs():
     results = [torch.randn(1, h, 64, 16) for h in (2, 2, 1, 1)]
     sample = measuring.Sample.of(results)
