@@ -45,12 +45,13 @@ def simulate(
 ) -> tuple[dict[str, Any], Prediction]:
     """A row of the table."""
     p = problem(spec, torch.device("cpu"))
+    shape = AttentionShape(heads=spec.heads, kv_heads=spec.kv_heads, head_dim=spec.dim)
     started = time.perf_counter()
     plans = rf.plan_all(
-        p.mask_mod, spec.tokens, gpus, layout=layout, strategy=strategy, machine=machine
-    )
+        p.mask_mod, spec.tokens, gpus, layout=layout, strategy=strategy, machine=machine,
+        shape=shape,
+    )  # fmt: skip
     planned = time.perf_counter() - started
-    shape = AttentionShape(heads=spec.heads, kv_heads=spec.kv_heads, head_dim=spec.dim)
     found = predict(plans, shape, machine)
     traffic = {
         "batch": 1, "heads": spec.heads, "kv_heads": spec.kv_heads, "head_dim": spec.dim,

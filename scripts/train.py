@@ -64,14 +64,22 @@ def batches_with_plans(
         )
         for step in range(first, config.steps)
     )
+    model, batch = config.model, config.batch_size // ranks.dp_size
     return rf.PlanPrefetcher(
         batches,
         partial(masks_of, config=config),
         seq_len=config.seq_len,
         group=ranks.cp,
-        B=config.batch_size // ranks.dp_size,
+        B=batch,
         layout=config.layout,
         strategy=config.strategy,
+        shape=rf.AttentionShape(
+            batch=batch,
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            dtype=config.compute_dtype,
+        ),
     )
 
 

@@ -20,7 +20,7 @@ from ringflex.masks.trace_cache import traced_mask
 from ringflex.masks.traced_mod import TracedMod
 from ringflex.parallel.layout import LAYOUTS, Layout, make_layout
 from ringflex.parallel.links import Costs, whole_nodes
-from ringflex.parallel.machine import Machine
+from ringflex.parallel.machine import AttentionShape, Machine
 from ringflex.parallel.needs import Reads, Work, need_rows, needs_of
 from ringflex.parallel.plan import Outline, Plan, stats_of
 from ringflex.parallel.strategies import STRATEGIES, build_steps, fastest_strategy
@@ -68,6 +68,7 @@ class Request:
     strategy: str
     block_size: int
     machine: Machine = field(default_factory=Machine)
+    shape: AttentionShape | None = None
     multiple: int = 1
 
     def __post_init__(self) -> None:
@@ -82,6 +83,8 @@ class Request:
             raise ValueError(f"strategy={self.strategy!r} is not one of {strategies}")
         if not isinstance(self.machine, Machine):
             raise TypeError(f"machine must be an rf.Machine, got {type(self.machine).__name__}")
+        if not isinstance(self.shape, AttentionShape | None):
+            raise TypeError(f"shape must be an rf.AttentionShape, got {type(self.shape).__name__}")
         per_node = self.machine.gpus_per_node
         if self.strategy == "hierarchical" and self.world_size % min(per_node, self.world_size):
             raise ValueError(
@@ -134,7 +137,7 @@ class Draft:
         if not masks:
             raise ValueError("plan() got an empty dict of masks")
         self.masks, self.request = dict(masks), request
-        self.costs = Costs.of(request.machine, request.block_size)
+        self.costs = Costs.of(request.machine, request.block_size, request.shape)
         self.layout = request.known_layout()
         self.rows: dict[int, list[BlockMask]] = {}
         self.heard: list[tuple[Reads, Work, str]] = []
@@ -166,6 +169,7 @@ class Draft:
             f"plan(seq_len={r.seq_len}, B={r.B}, H={r.H}, layout={layout}, "
             f"strategy={r.strategy}, block_size={r.block_size}, mask {masks}"
             + f", {r.machine}" * (r.machine != Machine())
+            + f", {r.shape}" * (r.shape is not None)
             + f", {r.multiple} GPUs" * (r.multiple > 1)
             + ")"
         )

@@ -80,9 +80,31 @@ class AttentionShape:
     dtype: torch.dtype = torch.bfloat16
     gradient_dtype: torch.dtype = torch.float32  # in which dK/dV travel
 
+    def __post_init__(self) -> None:
+        for name in ("batch", "heads", "kv_heads", "head_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads are not a multiple of {self.kv_heads} of K/V")
+
     @property
     def dims(self) -> tuple[int, int]:
         return self.head_dim, self.v_head_dim or self.head_dim
+
+    def share(self, gpus: int) -> AttentionShape:
+        """Of each GPU of a node, if heads are dealt to them.
+
+        Raises:
+            ValueError: heads are not multiples of the GPUs.
+        """
+        if self.heads % gpus or self.kv_heads % gpus:
+            raise ValueError(
+                f"strategy='ulysses' deals heads to the {gpus} GPUs of a node; {self.heads} and "
+                f"{self.kv_heads} of K/V are not multiples"
+            )
+        heads, kv_heads = self.heads // gpus, self.kv_heads // gpus
+        return dataclasses.replace(self, heads=heads, kv_heads=kv_heads)
 
     def block_costs(self, machine: Machine, block_size: int) -> tuple[float, float, float]:
         """Seconds, forward and backward together, of one visible block over all heads, and of the

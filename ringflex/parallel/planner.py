@@ -12,9 +12,10 @@ from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array
 from ringflex.parallel.comm import Agreement, Communicator, communicator
 from ringflex.parallel.draft import Draft, MaskFunction, Part, Request
+from ringflex.parallel.faster import FasterPlanning, is_faster, may_deal_heads
 from ringflex.parallel.layout import Layout
 from ringflex.parallel.links import Costs
-from ringflex.parallel.machine import Machine
+from ringflex.parallel.machine import AttentionShape, Machine
 from ringflex.parallel.needs import Reads, need_rows, needs_of
 from ringflex.parallel.plan import Outline, Plan, stats_of
 from ringflex.parallel.recent import recall, remember
@@ -36,6 +37,7 @@ def plan(
     strategy: str = "auto",
     block_size: int = 128,
     machine: Machine | None = None,
+    shape: AttentionShape | None = None,
 ) -> Plan: ...
 @overload
 def plan(
@@ -49,6 +51,7 @@ def plan(
     strategy: str = "auto",
     block_size: int = 128,
     machine: Machine | None = None,
+    shape: AttentionShape | None = None,
 ) -> dict[str, Plan]: ...
 def plan(
     mask_mod: MaskFunction | Mapping[str, MaskFunction],
@@ -61,6 +64,7 @@ def plan(
     strategy: str = "auto",
     block_size: int = 128,
     machine: Machine | None = None,
+    shape: AttentionShape | None = None,
 ) -> Plan | dict[str, Plan]:
     """This rank's plan for attention over a sequence sharded across `group`. A collective.
 
@@ -88,10 +92,13 @@ def plan(
             dealt to the GPUs of such a node by all-to-alls, and K/V moves between nodes, for each
             share of the heads on its own (heads of queries and of keys must be multiples of the
             GPUs); or "auto": of all but "all_gather" and "ulysses" the one that keeps links busy
-            for the shortest time (ring if it is a tie).
+            for the shortest time (ring if it is a tie), or "ulysses" if `shape` allows it.
         block_size: tokens per block of the mask, and of what is sent.
         machine: rates of the GPUs and links that "auto" and "nested" weigh; default: Hopper GPUs,
             eight to a node, ranks node by node.
+        shape: of the layers, by which computing weighs against moving. With it, over several whole
+            nodes "auto" plans "ulysses" as well where heads are multiples of a node's GPUs, and
+            takes that if it is predicted to be done sooner.
 
     Returns:
         A `Plan`, or a dict of them.
@@ -102,6 +109,7 @@ def plan(
     request = {
         "seq_len": seq_len, "B": B, "H": H, "layout": layout, "strategy": strategy,
         "block_size": block_size, "machine": Machine() if machine is None else machine,
+        "shape": shape,
     }  # fmt: skip
     return start_planning(lambda: mask_mod, communicator(group), request).finish()
 
@@ -110,8 +118,10 @@ def start_planning(
     mask_mod: Callable[[], MaskFunction | Mapping[str, MaskFunction]],
     comm: Communicator | None,
     request: Mapping[str, Any],
-) -> Planning | UlyssesPlanning:
+) -> Planning | UlyssesPlanning | FasterPlanning:
     """A plan under way; see `Planning`."""
+    if comm is not None and may_deal_heads(request, comm.size):
+        return FasterPlanning(mask_mod, comm, request)
     if request["strategy"] == "ulysses":
         from ringflex.parallel.ulysses import UlyssesPlanning
 
@@ -198,16 +208,27 @@ def plan_all(
     strategy: str = "auto",
     block_size: int = 128,
     machine: Machine | None = None,
+    shape: AttentionShape | None = None,
 ) -> list[Plan]:
     """The plans of all ranks in one process, with no process group: for tests and simulation.
 
     Arguments as in `plan`. The plans cannot run on several ranks: they have no communicator.
     """
-    request: dict[str, Any] = {
+    request = {
         "seq_len": seq_len, "B": B, "H": H, "layout": layout, "strategy": strategy,
         "block_size": block_size, "machine": Machine() if machine is None else machine,
+        "shape": shape,
     }  # fmt: skip
-    if strategy == "ulysses":
+    found = _plan_all(mask_mod, world_size, request)
+    if may_deal_heads(request, world_size):
+        dealt = _plan_all(mask_mod, world_size, {**request, "strategy": "ulysses"})
+        if is_faster(dealt[:1], found[:1], request):
+            return dealt
+    return found
+
+
+def _plan_all(mask_mod: MaskFunction, world_size: int, request: Mapping[str, Any]) -> list[Plan]:
+    if request["strategy"] == "ulysses":
         from ringflex.parallel import ulysses
 
         return ulysses.plan_all(mask_mod, world_size, request)

@@ -104,12 +104,7 @@ def _with_swaps(
     """
     shape, machine = shape or AttentionShape(), machine or Machine()
     gpus = plan.gpus_per_node
-    if shape.heads % gpus or shape.kv_heads % gpus:
-        raise ValueError(
-            f"strategy='ulysses' deals heads to the {gpus} GPUs of a node; {shape.heads} and "
-            f"{shape.kv_heads} of K/V are not multiples"
-        )
-    share = replace(shape, heads=shape.heads // gpus, kv_heads=shape.kv_heads // gpus)
+    share = shape.share(gpus)
     found = between_nodes(share, replace(machine, gpus_per_node=1))
     D, Dv = shape.dims
     swapped = swapped_bytes(

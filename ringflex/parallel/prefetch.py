@@ -13,7 +13,7 @@ import torch
 
 from ringflex.parallel.comm import communicator
 from ringflex.parallel.draft import MaskFunction
-from ringflex.parallel.machine import Machine
+from ringflex.parallel.machine import AttentionShape, Machine
 from ringflex.parallel.planner import start_planning
 
 _Batch = TypeVar("_Batch")
@@ -34,7 +34,7 @@ class PlanPrefetcher(Generic[_Batch]):
     Args:
         batches: an iterable; each batch is taken `ahead` batches before it is yielded.
         masks_of: of a batch, what `rf.plan` takes as `mask_mod`: a mask, or a dict of them.
-        group, seq_len, B, H, layout, strategy, block_size, machine: as `rf.plan` takes them.
+        group, seq_len, B, H, layout, strategy, block_size, machine, shape: as `rf.plan` takes them.
         ahead: plans under way or ready, at least 1.
 
     Attributes:
@@ -54,6 +54,7 @@ class PlanPrefetcher(Generic[_Batch]):
         strategy: str = "auto",
         block_size: int = 128,
         machine: Machine | None = None,
+        shape: AttentionShape | None = None,
         ahead: int = 1,
     ) -> None:
         if not isinstance(ahead, int) or isinstance(ahead, bool) or ahead < 1:
@@ -63,6 +64,7 @@ class PlanPrefetcher(Generic[_Batch]):
         self.request = {
             "seq_len": seq_len, "B": B, "H": H, "layout": layout, "strategy": strategy,
             "block_size": block_size, "machine": Machine() if machine is None else machine,
+            "shape": shape,
         }  # fmt: skip
         self.seconds = 0.0
 

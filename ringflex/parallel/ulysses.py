@@ -28,7 +28,7 @@ from ringflex.parallel import autograd
 from ringflex.parallel.comm import Agreement, Communicator, Exchange
 from ringflex.parallel.draft import Draft, MaskFunction, Part, Request
 from ringflex.parallel.layout import Layout
-from ringflex.parallel.machine import Machine
+from ringflex.parallel.machine import AttentionShape, Machine
 from ringflex.parallel.plan import Plan, PlanStats, swapped_bytes
 from ringflex.parallel.planner import Planning, tell
 
@@ -57,9 +57,12 @@ def request_of_nodes(request: Mapping[str, Any], world_size: int) -> dict[str, A
             f"strategy='{NAME}' deals heads to the {gpus} GPUs of a node: H={request['H']} is not "
             "a multiple"
         )
+    shape = request["shape"]
+    if isinstance(shape, AttentionShape):
+        shape = shape.share(gpus)
     return {
         **request, "world_size": world_size // gpus, "strategy": "auto", "multiple": gpus,
-        "machine": replace(machine, gpus_per_node=1),
+        "machine": replace(machine, gpus_per_node=1), "shape": shape,
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +130,10 @@ def mistakes_on_rank(group: dist.ProcessGroup) -> list[str]:
         lambda: plan(layout=p.layout),
         lambda: plan(ids=rank == 1),
         lambda: plan(strategy="ulysses" if rank else "ring"),
+        lambda: plan(strategy="auto", shape=SHAPE if rank else None),
+        lambda: plan(strategy="auto", shape=SHAPE, ids=rank == 1),
+        lambda: plan(shape=replace(SHAPE, kv_heads=1)),
+        lambda: plan(strategy="auto", shape=4),
         lambda: plan(gpus=4, ids=rank == 1),
         lambda: attend_with(3),
         lambda: attend_with(2 if rank else 3),
@@ -147,7 +152,9 @@ def test_mistakes_are_told_on_every_rank(pool: RankPool) -> None:
     for found in pool.run(mistakes_on_rank, 4):
         expected = [
             "4 ranks are not a multiple of 3", "H=3 is not a multiple", "by name, not a Layout",
-            "ranks disagree", "ranks disagree", "ranks disagree", "query has 3", "query has 3",
+            "ranks disagree", "ranks disagree", "ranks disagree", "ranks disagree",
+            "4 and 1 of K/V are not multiples", "must be an rf.AttentionShape", "ranks disagree",
+            "query has 3", "query has 3",
             "pass heads=",
         ]  # fmt: skip
         for text, part in zip(found, expected, strict=True):
@@ -175,6 +182,56 @@ def test_all_plans(layout: str, world_size: int, gpus: int) -> None:
     assert len(swaps) == 4 * world_size * (min(gpus, world_size) > 1)
     alone = rf.plan_all(rf.causal() & rf.document(ids), 1000, 1, block_size=16)
     assert found.flops == pytest.approx(predict(alone, shape, machine).flops)
+
+
+NODES = rf.Machine(gpus_per_node=2, near=1e10, far=1e9, launch=1e-6, latency=1e-6)
+SHAPE = rf.AttentionShape(heads=4, kv_heads=2, head_dim=64)
+ONE_DOCUMENT, WINDOW = rf.full(), rf.causal() & rf.sliding_window(64)
+
+
+@pytest.mark.parametrize(
+    ("mask", "options", "dealt"),
+    [
+        (ONE_DOCUMENT, {"shape": SHAPE}, True),
+        (WINDOW, {"shape": SHAPE}, False),  # little moves anyway
+        (ONE_DOCUMENT, {}, False),  # heads are not known
+        (ONE_DOCUMENT, {"shape": replace(SHAPE, kv_heads=1)}, False),
+        (ONE_DOCUMENT, {"shape": SHAPE, "H": 3}, False),
+        (ONE_DOCUMENT, {"shape": SHAPE, "strategy": "direct"}, False),
+        (ONE_DOCUMENT, {"shape": SHAPE, "machine": replace(NODES, gpus_per_node=4)}, False),
+        (ONE_DOCUMENT, {"shape": SHAPE, "machine": replace(NODES, gpus_per_node=3)}, False),
+    ],
+)
+def test_auto_deals_heads_where_that_is_faster(
+    mask: rf.MaskMod, options: dict[str, Any], dealt: bool
+) -> None:
+    options = {"machine": NODES, **options}
+    plans = rf.plan_all(mask, 8192, 4, **options)
+    assert all((plan.strategy == "ulysses") == dealt for plan in plans)
+    if dealt:
+        machine, shape = options["machine"], options["shape"]
+        others = rf.plan_all(mask, 8192, 4, machine=machine)
+        assert predict(plans, shape, machine).both < predict(others, shape, machine).both
+
+
+def auto_on_rank(group: dist.ProcessGroup, shape: rf.AttentionShape) -> list[str]:
+    masks = {"local": WINDOW, "global": ONE_DOCUMENT}
+    found = [
+        rf.plan(ONE_DOCUMENT, 8192, group, machine=NODES, shape=shape),
+        rf.plan(WINDOW, 8192, group, machine=NODES, shape=shape),
+        *rf.plan(masks, 8192, group, machine=NODES, shape=shape).values(),
+    ]
+    prefetched = PlanPrefetcher(
+        [0], lambda batch: ONE_DOCUMENT, seq_len=8192, group=group, machine=NODES, shape=shape
+    )
+    found += [plan for _, plan in prefetched]
+    return [plan.strategy for plan in found]
+
+
+def test_ranks_choose_alike(pool: RankPool) -> None:
+    """Masks of one model are dealt alike: here the heads of both."""
+    for found in pool.run(auto_on_rank, 4, SHAPE):
+        assert found[:1] + found[2:] == ["ulysses"] * 4 and found[1] != "ulysses"
 
 
 def test_a_picture(tmp_path: Path) -> None:
