@@ -13,7 +13,7 @@ _EXCESS = 0.02  # of the mean: work of the slowest rank that is not worth a byte
 _PLACES = 96  # runs of a rank, and beginnings and ends of runs of others, proposed for a swap
 _SWAPS = 192  # swaps compared for one rank at a time
 _STEP_COST = 300_000  # what proposing swaps costs, in columns looked at
-_IDLE = 20  # searches for a swap that find none before the last
+_IDLE = 40  # searches for a swap that find none before the last
 
 
 class Problem:
