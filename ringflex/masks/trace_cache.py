@@ -45,14 +45,22 @@ def traced_mask(mask_mod: Callable[..., Tensor]) -> TracedMod:
     return _traced(mask_mod, "mask", lambda: trace_mask(mask_mod))
 
 
-def _traced(fn: Callable[..., Tensor], kind: Any, trace: Callable[[], TracedMod]) -> TracedMod:
+def identity_of(fn: Callable[..., Tensor]) -> tuple[Any, list[Tensor]] | None:
+    """What a mod is known again by, hashable, and the tensors that it holds, whose values do not
+    count; None if it cannot be known again."""
     marks = _Marks()
-    tensors = marks.tensors
     try:
-        key = (kind, torch.get_default_dtype(), marks.of(fn))
-        known = _traces.get(key)
+        return (torch.get_default_dtype(), marks.of(fn)), marks.tensors
     except _Unknown:
+        return None
+
+
+def _traced(fn: Callable[..., Tensor], kind: Any, trace: Callable[[], TracedMod]) -> TracedMod:
+    identity = identity_of(fn)
+    if identity is None:
         return trace()
+    key, tensors = (kind, identity[0]), identity[1]
+    known = _traces.get(key)
     if known is None:
         mod = trace()
         _remember(key, mod, tensors)

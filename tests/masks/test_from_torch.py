@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -126,3 +128,76 @@ def test_lists_of_blocks_beyond_the_lengths_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="block_mask lists"):
         from_torch(given)
+
+
+class Odd:
+    """What a mod cannot be known again by."""
+
+    def __init__(self, distance: int) -> None:
+        self.distance = distance
+
+
+def documents(ids: Tensor) -> TorchBlockMask:
+    mod = lambda b, h, q, kv: (ids[q] == ids[kv]) & (q >= kv)
+    return create_block_mask(mod, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+
+
+def test_a_mask_is_converted_once() -> None:
+    given = documents(torch.arange(64) // 20)
+    assert from_torch(given) is from_torch(given)
+    assert from_torch(documents(torch.arange(64) // 20)) is not from_torch(given)
+
+
+@pytest.mark.parametrize("what", ["captured", "list", "list in place", "lengths", "mod"])
+def test_what_changes_is_converted_anew(what: str) -> None:
+    ids = torch.arange(64) // 20
+    given = documents(ids)
+    before = from_torch(given)
+    if what == "captured":
+        ids.copy_(torch.arange(64) // 21)
+    elif what == "list":
+        given.kv_num_blocks = given.kv_num_blocks.clone()
+    elif what == "list in place":
+        given.kv_num_blocks.sub_(1)
+    elif what == "lengths":
+        given.seq_lengths = (63, 64)
+    else:
+        given.mask_mod = causal()
+    after = from_torch(given)
+    assert after is not before and from_torch(given) is after
+    unlike = after.block_map().shape != before.block_map().shape
+    unlike = unlike or not torch.equal(after.to_dense(), before.to_dense())
+    assert unlike or what in ("list", "lengths")
+
+
+def test_numbers_that_a_mod_holds_may_change() -> None:
+    reach = 3
+    mod = lambda b, h, q, kv: (q - kv).abs() < reach
+    given = create_block_mask(mod, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    before = from_torch(given)
+    reach = 2
+    assert (from_torch(given).to_dense() != before.to_dense()).any()
+
+
+@pytest.mark.parametrize("what", ["object", "inference"])
+def test_what_may_change_without_a_sign_is_converted_at_every_call(what: str) -> None:
+    odd = Odd(3)
+    mod = lambda b, h, q, kv: (q - kv).abs() < odd.distance
+    given = create_block_mask(mod, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    change = lambda: setattr(odd, "distance", 2)
+    if what == "inference":
+        with torch.inference_mode():
+            ids = torch.arange(64) // 20
+        given = documents(ids)
+        change = lambda: ids.data.add_(torch.arange(64) // 32)
+    before = from_torch(given).to_dense()
+    change()
+    assert (from_torch(given).to_dense() != before).any()
+
+
+def test_a_conversion_goes_with_its_mask() -> None:
+    given = documents(torch.arange(64) // 20)
+    converted = weakref.ref(from_torch(given))
+    del given
+    gc.collect()
+    assert converted() is None
