@@ -145,6 +145,11 @@ class Plan:
         return 1 if self.nodes is None else self.world_size // self.nodes.world_size
 
     @property
+    def has_transfers(self) -> bool:
+        """Whether there is more than the local step; the same on every rank."""
+        return len(self.steps) > 1
+
+    @property
     def needs(self) -> Needs:
         """Which K/V blocks each rank's queries see."""
         return self.outline.reads.needs

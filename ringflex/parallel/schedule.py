@@ -57,15 +57,15 @@ def forward(
             torch.empty_like(after.out, dtype=compute_dtype(q.dtype)),
             torch.empty_like(after.lse, dtype=torch.float64),
         )
-    beside = len(plan.steps) > 1
 
     def run(number: int, held: Pair, stage: Stage | None, track: str = "compute") -> None:
         mask = plan.steps[number].mask
         assert mask is not None
         with computing("forward", number, track):
             kernel.forward(
-                q, *held, mask, score, scale, before, after, options, stage, running, beside
-            )
+                q, *held, mask, score, scale, before, after, options, stage, running,
+                plan.has_transfers,
+            )  # fmt: skip
 
     lanes = Lanes(q.device)
     local = plan.steps[0].stage
@@ -106,7 +106,7 @@ def backward(
     apart = kernel.has_separate_passes(q, v, options)
     calls = _Calls(plan, kernel, dout, q, terms, score, scale, dcaptures, options, apart)
     overlaps = not apart and kernel.may_overlap and not any(d is not None for d in dcaptures)
-    overlaps = overlaps and len(plan.steps) > 1
+    overlaps = overlaps and plan.has_transfers
     lanes = Lanes(q.device)
     with lanes.ahead():
         returns = _Returns(plan, home, lanes, options)
@@ -155,7 +155,7 @@ class _Calls:
     ) -> None:
         self.kernel, self.dout, self.q, self.terms = kernel, dout, q, terms
         self.score, self.scale, self.dcaptures, self.options = score, scale, dcaptures, options
-        self.apart, self.beside = apart, len(plan.steps) > 1
+        self.apart, self.beside = apart, plan.has_transfers
         computed = sum(step.mask is not None for step in plan.steps)
         make = torch.empty if computed else torch.zeros
         self.dq = make(q.shape, dtype=q.dtype, device=q.device)
