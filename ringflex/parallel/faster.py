@@ -60,9 +60,19 @@ def is_faster(dealt: Sequence[Plan], between: Sequence[Plan], request: Mapping[s
     """Whether one layer of each of the former takes less time than of the latter."""
 
     def seconds(plans: Sequence[Plan]) -> float:
-        return sum(plan.predict(request["shape"], request["machine"]).both for plan in plans)
+        return sum(_predicted(plan, request["shape"], request["machine"]) for plan in plans)
 
     return seconds(dealt) * (1 + NOISE) < seconds(between)
+
+
+def _predicted(plan: Plan, shape: AttentionShape, machine: Machine) -> float:
+    """Seconds of a layer; kept with the plan, as those of the last batches are remembered."""
+    cache = (plan.nodes or plan).cache
+    key = "seconds", plan.strategy, shape, machine
+    if key not in cache:
+        cache[key] = plan.predict(shape, machine).both
+    seconds: float = cache[key]
+    return seconds
 
 
 def _listed(plans: _Plans) -> list[Plan]:
