@@ -180,3 +180,9 @@ def test_bad_input_is_refused() -> None:
         Machine(near=0)
     with pytest.raises(ValueError, match="latency must not be negative"):
         Machine(latency=-1)
+    with pytest.raises(ValueError, match="kv_heads must be a positive int, got 0"):
+        AttentionShape(kv_heads=0)
+    with pytest.raises(ValueError, match="32 heads are not a multiple of 5 of K/V"):
+        AttentionShape(kv_heads=5)
+    with pytest.raises(ValueError, match="32 and 8 of K/V are not multiples"):
+        AttentionShape().share(3)
