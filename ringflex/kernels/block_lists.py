@@ -16,7 +16,7 @@ from torch import Tensor
 from ringflex.kernels.device_arrays import to_device
 from ringflex.kernels.stages import Stage
 from ringflex.masks.block_mask import BlockMask
-from ringflex.masks.runs import Array, Runs
+from ringflex.masks.runs import Array, Runs, counting
 
 
 class BlockLists(NamedTuple):
@@ -27,6 +27,7 @@ class BlockLists(NamedTuple):
         runs: `[runs + 2, 2]`: first block and end; two more are never visited, but read ahead.
         order: `[groups, blocks]`: rows by falling work, so that the longest start first.
         blocks: rows per group; a group is a batch element and head that the mask distinguishes.
+            Lists in stretches have one for each stretch and block, stretch by stretch.
         places: how many of a group in `order` there is something to do for; the first.
         any_partial: whether there is any partial block.
         work: blocks that rows visit, by their place in `order`: float `[places]`, the mean of all
@@ -86,7 +87,12 @@ def _without_idle(lists: BlockLists, idle: Array, device: torch.device) -> Block
 
 
 def key_lists(
-    mask: BlockMask, groups: int, device: torch.device, *, descending: bool = False
+    mask: BlockMask,
+    groups: int,
+    device: torch.device,
+    *,
+    descending: bool = False,
+    stretches: int = 1,
 ) -> BlockLists:
     """For each K/V block, the query blocks that see it. Kept on the mask.
 
@@ -94,14 +100,24 @@ def key_lists(
         descending: from the last query block to the first: runs count blocks from the end.
         groups: query heads per K/V head; where the mask distinguishes heads, a K/V block's place
             in the order follows from the work of all heads of its group.
+        stretches: that many of nearly equal length part the queries, each with lists of its own;
+            without places for those that are empty in every group.
     """
-    key = ("key lists", groups if mask.H > 1 else 1, device, descending)
+    key = ("key lists", groups if mask.H > 1 else 1, device, descending, stretches)
     if key not in mask.cache:
         full, partial = mask.transpose()
         if descending:
             full, partial = (_from_the_end(runs, mask.q_blocks) for runs in (full, partial))
+        count = mask.B * mask.H
+        if stretches > 1:
+            length = -(-mask.q_blocks // stretches)
+            full, partial = (_parted(runs, count, length, stretches) for runs in (full, partial))
         together = groups if mask.H > 1 else 1
-        mask.cache[key] = _lists(full, partial, mask.B * mask.H, device, together)
+        lists = _lists(full, partial, count, device, together)
+        if stretches > 1:
+            places = int(np.count_nonzero(lists.work))
+            lists = lists._replace(places=places, work=lists.work[:places])
+        mask.cache[key] = lists
     return mask.cache[key]
 
 
@@ -152,6 +168,22 @@ def _from_the_end(runs: Runs, columns: int) -> Runs:
     """The same blocks, numbered backwards."""
     order = np.lexsort((-runs.start, runs.row))
     return Runs(runs.indptr, columns - runs.end[order], columns - runs.start[order])
+
+
+def _parted(runs: Runs, groups: int, length: int, stretches: int) -> Runs:
+    """The same blocks, columns in stretches of `length`, each with rows of its own: row
+    `group * rows + r` becomes rows `(group * stretches + s) * rows + r`."""
+    first = runs.start // length
+    width = (runs.end - 1) // length - first + 1
+    stretch = np.repeat(first, width) + counting(width)
+    start, end = (np.repeat(x, width) for x in (runs.start, runs.end))
+    group, r = np.divmod(np.repeat(runs.row, width), runs.rows // groups)
+    return Runs.from_pieces(
+        (group * stretches + stretch) * (runs.rows // groups) + r,
+        np.maximum(start, stretch * length),
+        np.minimum(end, (stretch + 1) * length),
+        runs.rows * stretches,
+    )
 
 
 def _blocks_per_row(runs: Runs) -> Array:

@@ -7,7 +7,6 @@ A kernel is a module with
     backward(dout, q, k, v, terms, mask, score, scale, gradients, options)
     has_separate_passes(q, v, options) -> bool
     may_overlap: bool
-    make_ready(mask, device)
 
 - `q [B, Hq, q_len, D]`, `k [B, Hkv, kv_len, D]`, `v [B, Hkv, kv_len, Dv]`: one dtype, any strides.
 - `mask`: the BlockMask over `q_len` x `kv_len`; `score`: the traced score mod, or None; `scale`.
@@ -22,10 +21,8 @@ A kernel is a module with
 - `row_terms` turns the **global** out, lse and their gradients into what `backward` needs of each
   query, once for all steps: among it `delta = dout . out - dlse`, `[B, Hq, q_len or more]`.
 - `backward` adds this K/V's share of the gradients into `gradients`, or overwrites them.
-- `may_overlap`: whether calls of `forward` for different queries, and calls of `backward` for
-  different K/V and without gradients of captures, may run on the GPU at the same time. Of such a
-  kernel, `make_ready` sends what its forward reads of a mask to the device, on the current stream:
-  streams that are to share it must wait for that, as the first call sends it otherwise.
+- `may_overlap`: whether calls of `backward` for different K/V and without gradients of captures may
+  run on the GPU at the same time.
 - `has_separate_passes`: whether it computes dQ and dK/dV apart, so that asking for one, then for
   the other, costs no more than asking for both.
 

@@ -4,9 +4,10 @@ The gradients of `triton_backward` in one pass of five products, after Shah et a
 "FlashAttention-3" (2024), section 3 and appendix B: a program keeps 128 keys, 64 to each of two
 warpgroups, and walks the queries that see them, of all heads of a group or of some. Scores are
 transposed, so that weights and their gradients are left operands of dV and dK out of registers; for
-dQ they go through shared memory, and each group computes half of dQ's columns from both halves of
-the keys. dQ is added into fp32 in global memory by TMA, in whatever order programs come to it; so
-are dK and dV, by atomics, where heads of a group are apart.
+dQ they go through shared memory, and each group computes half of dQ from both halves of the keys:
+half the columns, or, of 128 queries, half the rows. dQ is added into fp32 in global memory by TMA,
+in whatever order programs come to it; so are dK and dV, by atomics, where heads of a group are
+apart, or the queries parted into stretches.
 
 The scores of the next tile of queries are under way while the last products of one are. Programs
 take tiles of keys from a queue (`hopper_common`).
@@ -98,10 +99,10 @@ def _produce(
     k_buffers, v_buffers = buffers[2], buffers[3]
     kv_full, kv_empty = barriers[2], barriers[3]
     rows, runs, order, q_starts, kv_starts = lists
-    heads, group, members, blocks, row_stride_b, row_stride_h = shape[:6]
-    order_stride_b, order_stride_h, kv_stride_b, together, units, sections = shape[6:12]
-    total = units * blocks * TILES_N
-    left = shape[12] + gl.program_id(0) % shape[13]
+    heads, group, members, places, row_stride_b, row_stride_h = shape[:6]
+    order_stride_b, order_stride_h, blocks, kv_stride_b, together, units, sections = shape[6:13]
+    total = units * places * TILES_N
+    left = shape[13] + gl.program_id(0) % shape[14]
     work = take(counters)
     loaded = gl.to_tensor(0)
     given = gl.to_tensor(0)
@@ -114,9 +115,10 @@ def _produce(
         first = unit * members
         b, first_h = first // heads, first % heads
         in_order = b * order_stride_b + first_h // members * order_stride_h
-        block = gl.load(order + in_order + place // TILES_N)
+        row = gl.load(order + in_order + place // TILES_N)
+        block = row % blocks
         within = place % TILES_N * BLOCK_N
-        listed = rows + 4 * (b * row_stride_b + first_h * row_stride_h + block)
+        listed = rows + 4 * (b * row_stride_b + first_h * row_stride_h + row)
         count = gl.to_tensor(0)
         for member in range(members):
             of_head = listed + 4 * member * row_stride_h
@@ -141,9 +143,9 @@ def _produce(
             mbarrier.expect(kv_full.index(0), nbytes)
             kv_head = first_h // group
             for c in gl.static_range(GROUPS):
-                row = start + c * KEYS
-                tma_load(k, [b, kv_head, row, 0], kv_full.index(0), k_buffers.index(c))
-                tma_load(v, [b, kv_head, row, 0], kv_full.index(0), v_buffers.index(c))
+                at = start + c * KEYS
+                tma_load(k, [b, kv_head, at, 0], kv_full.index(0), k_buffers.index(c))
+                tma_load(v, [b, kv_head, at, 0], kv_full.index(0), v_buffers.index(c))
             given += 1
             for member in range(members):
                 of_head, h = listed + 4 * member * row_stride_h, first_h + member
@@ -195,8 +197,11 @@ def _consume(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_PAD, 16])
     DV_: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 16])
-    HALF: gl.constexpr = D_PAD // 2
-    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    ROWS: gl.constexpr = dq.block_type.shape[2]
+    COLUMNS: gl.constexpr = dq.block_type.shape[3]
+    FIRST_ROW: gl.constexpr = GROUP * (BLOCK_M - ROWS)
+    FIRST_COLUMN: gl.constexpr = GROUP * (D_PAD - COLUMNS)
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     FOR_DK: gl.constexpr = gl.DotOperandLayout(0, DK, 2)
     FOR_DV: gl.constexpr = gl.DotOperandLayout(0, DV_, 2)
     EARLY: gl.constexpr = score_mod is None and BLOCK_M == 64  # dV before dS: registers suffice
@@ -210,7 +215,7 @@ def _consume(
     kv_len, q_limit, kv_limit = lengths
     dq_staged = dq_buffers.index(GROUP)
     zero = gl.zeros([KEYS, BLOCK_M], gl.float32, S)
-    zero_dq = gl.zeros([BLOCK_M, HALF], gl.float32, DQ)
+    zero_dq = gl.zeros([ROWS, COLUMNS], gl.float32, DQ)
     taken = gl.to_tensor(0)
     done = gl.to_tensor(0)
     mbarrier.wait(words_full.index(0), 0)
@@ -240,8 +245,8 @@ def _consume(
                 v_tile = v_buffers.index(here + GROUP).reshape([KEYS, DV_PAD])
                 k_first = k_buffers.index(here).reshape([KEYS, D_PAD])
                 k_second = k_buffers.index(here + 1).reshape([KEYS, D_PAD])
-                k_first = k_first.slice(GROUP * HALF, HALF, dim=1)
-                k_second = k_second.slice(GROUP * HALF, HALF, dim=1)
+                k_first = k_first.slice(FIRST_COLUMN, COLUMNS, dim=1)
+                k_second = k_second.slice(FIRST_COLUMN, COLUMNS, dim=1)
                 q_tile = q_buffers.index(slot).reshape([BLOCK_M, D_PAD])
                 mbarrier.wait(dout_full.index(slot), turn)
                 dout_tile = dout_buffers.index(slot).reshape([BLOCK_M, DV_PAD])
@@ -289,22 +294,21 @@ def _consume(
                     )
                 fence_async_shared()
                 wait_for(FIRST_BARRIER + 2 * STAGES, "256")  # both groups' ds are there
+                ds_first = ds_buffers.index(parity).slice(FIRST_ROW, ROWS, dim=1)
+                ds_second = ds_buffers.index(parity + 1).slice(FIRST_ROW, ROWS, dim=1)
                 dq_part = warpgroup_mma(
-                    ds_buffers.index(parity).permute((1, 0)), k_first, zero_dq,
-                    use_acc=False, is_async=True,
-                )  # fmt: skip
-                dq_part = warpgroup_mma(
-                    ds_buffers.index(parity + 1).permute((1, 0)), k_second, dq_part, is_async=True
+                    ds_first.permute((1, 0)), k_first, zero_dq, use_acc=False, is_async=True
                 )
+                dq_part = warpgroup_mma(ds_second.permute((1, 0)), k_second, dq_part, is_async=True)
                 adding_dk = warpgroup_mma(gl.convert_layout(ds, FOR_DK), q_tile, dk, is_async=True)
                 dv = warpgroup_mma_wait(3, deps=(adding_dv,))
                 come(FIRST_BARRIER + STAGES + slot, HANDOVER)
                 dq_part = warpgroup_mma_wait(1, deps=(dq_part,))
                 tma.store_wait(0)
-                staged = dq_staged.reshape([BLOCK_M, HALF])
+                staged = dq_staged.reshape([ROWS, COLUMNS])
                 staged.store(dq_part * scale)
                 fence_async_shared()
-                tma_add(dq, [b, h, row, GROUP * HALF], dq_staged)
+                tma_add(dq, [b, h, row + FIRST_ROW, FIRST_COLUMN], dq_staged)
                 # The next scores; after the last tile, its own once more, for nothing.
                 following = gl.minimum(number + 1, done + count - 1)
                 next_slot = following % STAGES
@@ -355,16 +359,16 @@ def _write(
 
 @gluon.jit(
     do_not_specialize=[
-        "kv_len", "q_limit", "kv_limit", "padded_len", "heads", "group", "members", "blocks",
-        "row_stride_b", "row_stride_h", "order_stride_b", "order_stride_h", "kv_stride_b",
+        "kv_len", "q_limit", "kv_limit", "padded_len", "heads", "group", "members", "places",
+        "row_stride_b", "row_stride_h", "order_stride_b", "order_stride_h", "blocks", "kv_stride_b",
         "together", "units", "quota", "spread",
     ]
 )  # fmt: skip
 def hopper_backward_kernel(
     q, k, v, dout, lse, delta, dq, dk, dv, counters, score_tables, into, scale,
     rows, runs, order, q_starts, kv_starts, mask_tables,
-    kv_len, q_limit, kv_limit, padded_len, heads, group, members, blocks,
-    row_stride_b, row_stride_h, order_stride_b, order_stride_h, kv_stride_b, together,
+    kv_len, q_limit, kv_limit, padded_len, heads, group, members, places,
+    row_stride_b, row_stride_h, order_stride_b, order_stride_h, blocks, kv_stride_b, together,
     units, sections, quota, spread,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr, APART: gl.constexpr,
@@ -376,9 +380,10 @@ def hopper_backward_kernel(
 
     q, dout: descriptors of `[1, 1, BLOCK_M, padded dim]`. k, v: of `[1, 1, 64, padded dim]`.
     lse, delta: the row terms, flat, by descriptors of `[BLOCK_M]`. dq: fp32, contiguous, zeros at
-    first, by a descriptor of `[1, 1, BLOCK_M, padded dim / 2]`. dk, dv: (pointer, strides).
-    members: query heads that a tile serves, one after the other; APART: fewer than a group has,
-    so that dk, dv are fp32, and zeros at first. counters, together, units (heads / members, of all
+    first, by a descriptor of a group's half of a tile. dk, dv: (pointer, strides).
+    members: query heads that a tile serves, one after the other; APART: fewer than a group has, or
+    a stretch of their queries, so that dk, dv are fp32, and zeros at first. places: in `order`;
+    blocks: of keys. counters, together, units (heads / members, of all
     batch elements), sections: as in `hopper_forward_kernel`. The rest as in
     `triton_backward.key_kernel`.
     """
@@ -418,8 +423,8 @@ def hopper_backward_kernel(
     lists = (rows, runs, order, q_starts, kv_starts)
     lengths = (kv_len, q_limit, kv_limit)
     shape = (
-        heads, group, members, blocks, row_stride_b, row_stride_h, order_stride_b,
-        order_stride_h, kv_stride_b, together, units, sections, quota, spread,
+        heads, group, members, places, row_stride_b, row_stride_h, order_stride_b,
+        order_stride_h, blocks, kv_stride_b, together, units, sections, quota, spread,
     )  # fmt: skip
     # Both times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(

@@ -12,6 +12,7 @@ What these kernels do not serve goes to the portable Triton kernel, launch by la
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -35,7 +36,6 @@ from ringflex.kernels.mod_tables import gradient_arguments
 from ringflex.kernels.stages import Stage
 from ringflex.kernels.triton_kernel import (
     RowTerms,
-    make_ready,
     round_queries,
     row_terms,
     sum_of_queries,
@@ -49,7 +49,7 @@ from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.traced_mod import TracedMod
 
 __all__ = [
-    "backward", "forward", "has_separate_passes", "make_ready", "may_overlap", "row_terms",
+    "backward", "forward", "has_separate_passes", "may_overlap", "row_terms",
 ]  # fmt: skip
 
 may_overlap = True  # see `contract`
@@ -59,6 +59,7 @@ _REGISTERS = (240, 24)  # per thread of the consumers and the producer
 _LARGEST_BACKWARD_DIM = 128
 _EVEN = 0.75  # mean work of rows over the longest's, from which on heads of a group stay together
 _FEW, _MANY = 0.5, 10  # tiles of keys per multiprocessor
+_KEPT = 0.75  # of the L2 cache, what programs may walk out of step
 
 
 def forward(
@@ -95,7 +96,9 @@ def forward(
         heads = setup.batch * setup.heads
         lists, sections = in_sections(lists, tiles_m, heads, q.device, backwards=True)
         stages = 4 if max(D, Dv) <= 64 else 2
-        programs, *quota = queue(heads * lists.places * tiles_m, q.device, beside)
+        per_block = _STAYS * mask.block_size[1] * 2 * (D + Dv)  # FLOP
+        flops = float(lists.work.sum()) * heads * tiles_m * per_block
+        programs, *quota = queue(heads * lists.places * tiles_m, flops, q.device, beside)
         ready = Prepared(
             hopper_forward_kernel,
             (programs, 1, 1),
@@ -159,7 +162,11 @@ def backward(
     pairs = [] if mod is None else accumulators(mod, wanted)
     dq = sum_of_queries(g)
     members = _heads_of_a_tile(setup, q.device, tiles if g.beside else None)
-    dk, dv = (g.dk, g.dv) if members == setup.group else _sums_of_keys(g)
+    stretches = _stretches(setup, q.device, g.beside)
+    if stretches > 1:
+        members = 1
+    apart = members < setup.group or stretches > 1
+    dk, dv = _sums_of_keys(g) if apart else (g.dk, g.dv)
     score_function = None if mod is None else mod.function()
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_m = 128 if max(D, Dv) <= 64 and mod is None else 64  # what registers allow
@@ -169,11 +176,13 @@ def backward(
     )  # fmt: skip
     ready = setup.prepared.get(key)
     if ready is None:
-        lists = key_lists(mask, members, q.device, descending=True)
+        lists = key_lists(mask, members, q.device, descending=True, stretches=stretches)
         units = setup.batch * setup.heads // members
         tiles_m, tiles_n = mask.block_size[0] // block_m, mask.block_size[1] // _STAYS
         lists, sections = in_sections(lists, tiles_n, units, q.device, backwards=False)
-        programs, *quota = queue(tiles * setup.group // members, q.device, g.beside)
+        per_block = mask.block_size[0] * _STAYS * (6 * D + 4 * Dv)  # FLOP
+        flops = float(lists.work.sum()) * units * members * tiles_n * per_block
+        programs, *quota = queue(units * lists.places * tiles_n, flops, q.device, g.beside)
         score_gradient = None
         if mod is not None:
             score_gradient = mod.gradient(wanted or [False] * len(mod.tables))
@@ -182,13 +191,13 @@ def backward(
             (programs, 1, 1),
             (
                 *setup.key_lists(lists), setup.mask_mod.tables, *setup.lengths[1:],
-                terms.delta.shape[2], setup.heads, setup.group, members, lists.blocks,
+                terms.delta.shape[2], setup.heads, setup.group, members, lists.places,
                 *setup.row_strides(lists), *setup.order_strides(lists, setup.heads // members),
-                setup.kv_stride, 1, units, sections, *quota,
+                mask.kv_blocks, setup.kv_stride, 1, units, sections, *quota,
             ),
             (
                 setup.mask_mod.function, score_function, score_gradient, ADD.value,
-                setup.has_partial(lists), setup.positions.kv_in_order, members < setup.group,
+                setup.has_partial(lists), setup.positions.kv_in_order, apart,
                 block_m, tiles_m, tiles_n, D, D_PAD, Dv, DV_PAD, 2, *_REGISTERS,
             ),
             Tile(block_m, _STAYS, 4, 2),
@@ -197,7 +206,7 @@ def backward(
     ready(
         described(q, block_m, D_PAD), described(k, _GROUP, D_PAD), described(v, _GROUP, DV_PAD),
         described(dout, block_m, DV_PAD), *(described_flat(x, block_m) for x in terms),
-        described(dq, block_m, D_PAD // 2), strided(dk), strided(dv), counters(q.device),
+        described(dq, 64, block_m * D_PAD // 128), strided(dk), strided(dv), counters(q.device),
         () if mod is None else mod.arguments, gradient_arguments(pairs), scale,
     )  # fmt: skip
     round_queries(g, dq)
@@ -219,21 +228,48 @@ def _heads_of_a_tile(setup: Setup, device: torch.device, beside: int | None) -> 
     """
     if beside is not None and beside <= _MANY * multiprocessors(device):
         return 1
-    mask, D, Dv = setup.mask, setup.dims[0], setup.dims[2]
-    key = ("heads of a tile", setup.group, D, Dv, device)
+    mask = setup.mask
+    key = ("heads of a tile", setup.group, setup.dims, device)
     if key not in mask.cache:
         lists = key_lists(mask, setup.group, device, descending=True)
-        walked = float((lists.work**2).sum() / max(1, lists.work.sum())) * mask.block_size[0]
-        of_a_head = walked * (6 * D + 2 * Dv)  # bytes of q, dout, and dQ in fp32
-        apart = lists.begin_together and 2 * setup.group * of_a_head > l2_cache(device)
+        walked = _walked(setup, device)
+        apart = lists.begin_together and 2 * setup.group * walked > l2_cache(device)
         apart |= bool(lists.work.mean() < _EVEN * lists.work.max())
         mask.cache[key] = 1 if apart else setup.group
     heads: int = mask.cache[key]
     return heads
 
 
+def _stretches(setup: Setup, device: torch.device, beside: bool) -> int:
+    """Into how many stretches to part the queries, so that those of a head stay in the L2 cache:
+    programs that begin at any time, beside other kernels, walk them out of step. Kept on the mask.
+    """
+    if not beside:
+        return 1
+    mask = setup.mask
+    key = ("stretches", setup.group, setup.dims, device)
+    if key not in mask.cache:
+        cache, whole = l2_cache(device), mask.q_blocks * mask.block_size[0] * _per_query(setup)
+        fits = _walked(setup, device) <= _KEPT * cache
+        mask.cache[key] = 1 if fits else math.ceil(2 * whole / cache)
+    stretches: int = mask.cache[key]
+    return stretches
+
+
+def _walked(setup: Setup, device: torch.device) -> float:
+    """Bytes that a tile of keys reads of a head; the mean, by work."""
+    work = key_lists(setup.mask, setup.group, device, descending=True).work
+    blocks = float((work**2).sum() / max(1, work.sum()))
+    return blocks * setup.mask.block_size[0] * _per_query(setup)
+
+
+def _per_query(setup: Setup) -> int:
+    """Bytes of q, dout, and dQ in fp32."""
+    return 6 * setup.dims[0] + 2 * setup.dims[2]
+
+
 def _sums_of_keys(g: Gradients) -> tuple[Tensor, Tensor]:
-    """Where heads of a group add dK and dV, in fp32."""
+    """Where heads of a group, or stretches of queries, add dK and dV, in fp32."""
     assert g.dk is not None and g.dv is not None
     if g.dk.dtype == torch.float32:
         return g.dk.zero_(), g.dv.zero_()

@@ -14,7 +14,7 @@ from ringflex.kernels.block_lists import BlockLists
 from ringflex.kernels.device_arrays import to_device
 
 _COUNTERS = 2048  # launches that may be under way at once
-_GENERATIONS = 4  # of programs
+_LIFE = 2e10  # FLOP of a program: 4 or 5 ms
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 _FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
@@ -73,19 +73,19 @@ def in_sections(
     return lists, moved[order.size + aligned :]
 
 
-def queue(tiles: int, device: torch.device, beside: bool) -> tuple[int, int, int]:
+def queue(tiles: int, flops: float, device: torch.device, beside: bool) -> tuple[int, int, int]:
     """How many programs to launch, and how many tiles each may take: of program i, the second
     number + i modulo the third.
 
     Args:
-        tiles: in all.
-        beside: other kernels may need multiprocessors meanwhile, as transfers do. So programs end
-            at any time, a few for each multiprocessor, and others take their place.
+        tiles, flops: in all.
+        beside: other kernels may need multiprocessors meanwhile, as transfers do. So programs of a
+            long launch end at any time, and others take their place: each start costs 10 us.
     """
     at_once = multiprocessors(device)
-    if not beside:
+    mean = max(1, round(_LIFE * tiles / max(flops, 1.0)))
+    if not beside or tiles <= 2 * mean * at_once:
         return min(tiles, at_once), 1 << 30, 1
-    mean = -(-tiles // (_GENERATIONS * at_once))
     if mean == 1:
         return tiles, 1, 1
     spread = 2 * mean - 1

@@ -37,19 +37,6 @@ class Stage:
     block_size: int
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @property
-    def parts(self) -> tuple[Stage, Stage] | None:
-        """The queries that go on with later steps, and those that are done with this one, each
-        as if the others were left alone; None unless there are both."""
-        if "parts" not in self.cache:
-            done = (self.turns & ENDS) != 0
-            both = bool(done.any()) and bool(self.turns[~done].any())
-            halves = (np.where(which, self.turns, 0) for which in (~done, done))
-            stages = tuple(Stage(turns=half, block_size=self.block_size) for half in halves)
-            self.cache["parts"] = stages if both else None
-        found: tuple[Stage, Stage] | None = self.cache["parts"]
-        return found
-
     def on(self, device: torch.device) -> Tensor:
         """`turns`, flat, on a device."""
         if device not in self.cache:

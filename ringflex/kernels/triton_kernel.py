@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ringflex.kernels.block_lists import key_lists, positions, query_lists
+from ringflex.kernels.block_lists import key_lists, query_lists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
 from ringflex.kernels.mod_tables import gradient_arguments
 from ringflex.kernels.stages import Stage
@@ -18,7 +18,7 @@ from ringflex.kernels.triton_forward import forward_kernel
 from ringflex.kernels.triton_launch import Prepared
 from ringflex.kernels.triton_math import ADD, FIXED, LARGEST, unchanged
 from ringflex.kernels.triton_merge import Merge
-from ringflex.kernels.triton_mods import ScoreMod, accumulators, kind_of, mask_mod, score_mod
+from ringflex.kernels.triton_mods import ScoreMod, accumulators, kind_of, score_mod
 from ringflex.kernels.triton_setup import (
     Setup,
     alignment,
@@ -40,13 +40,6 @@ class RowTerms(NamedTuple):
 
     lse_log2: Tensor
     delta: Tensor
-
-
-def make_ready(mask: BlockMask, device: torch.device) -> None:
-    """See `contract`."""
-    query_lists(mask, device)
-    positions(mask, device)
-    mask_mod(mask, device)
 
 
 def forward(

@@ -1,10 +1,10 @@
 """Two streams of a GPU for one call, so that no kernel's end leaves the GPU half empty.
 
 The last programs of a kernel end one by one, and the next kernel on the stream, which waits for
-all of them, finds room that nothing used: with documents or a window of few thousand tokens that is
-a tenth of the time. What others wait for runs *ahead*, on a stream of high priority. What nobody
-waits for is left *behind* on the program's own stream, to run wherever there is room: queries that
-see local K/V only, and the backward of the local K/V.
+all of them, finds room that nothing used: of a backward with documents or a window of few thousand
+tokens that is a tenth. What others wait for runs *ahead*, on a stream of high priority. What nobody
+waits for, the backward of the local K/V, is left *behind* on the program's own stream, to run
+wherever there is room.
 """
 
 from __future__ import annotations
@@ -56,11 +56,6 @@ class Lanes:
         with torch.cuda.stream(self._own):
             yield
         self._left = self._own.record_event()
-
-    @property
-    def two(self) -> bool:
-        """Whether there are two."""
-        return self._own is not None
 
     @property
     def meeting(self) -> bool:

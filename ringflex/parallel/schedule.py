@@ -9,7 +9,6 @@ where the kernel is deterministic.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, compute_dtype
-from ringflex.kernels.stages import Stage
 from ringflex.masks.traced_mod import TracedMod
 from ringflex.parallel.comm import Communicator, Exchange
 from ringflex.parallel.lanes import Lanes
@@ -39,10 +37,7 @@ def forward(
     after: Partial,
     options: KernelOptions,
 ) -> None:
-    """Attention over all K/V of the plan, merged with `before`, to `after`; see the contract.
-
-    On a GPU, queries that see local K/V only are left behind the rest (see `lanes`).
-    """
+    """Attention over all K/V of the plan, merged with `before`, to `after`; see the contract."""
     assert after.out is not None
     computed = sum(step.mask is not None for step in plan.steps)
     running = None
@@ -58,29 +53,13 @@ def forward(
             torch.empty_like(after.lse, dtype=torch.float64),
         )
 
-    def run(number: int, held: Pair, stage: Stage | None, track: str = "compute") -> None:
-        mask = plan.steps[number].mask
-        assert mask is not None
-        with computing("forward", number, track):
-            kernel.forward(
-                q, *held, mask, score, scale, before, after, options, stage, running,
-                plan.has_transfers,
-            )  # fmt: skip
-
-    lanes = Lanes(q.device)
-    local = plan.steps[0].stage
-    parts = None if local is None or not (lanes.two and kernel.may_overlap) else local.parts
-    if parts is not None:
-        kernel.make_ready(plan.steps[0].mask, q.device)  # for both lanes
-    with nullcontext() if parts is None else lanes.ahead():
-        for number, step, held in _Walk(plan, Pair(k, v)):
-            if number == 0 and parts is not None:
-                start = lanes.mark()
-                run(0, held, parts[0])
-                with lanes.behind(start):
-                    run(0, held, parts[1], "behind")
-            elif step.mask is not None:
-                run(number, held, step.stage)
+    for number, step, held in _Walk(plan, Pair(k, v)):
+        if step.mask is not None:
+            with computing("forward", number):
+                kernel.forward(
+                    q, *held, step.mask, score, scale, before, after, options, step.stage, running,
+                    plan.has_transfers,
+                )  # fmt: skip
 
 
 def backward(

@@ -93,9 +93,11 @@ def few() -> list[tuple[Case, str]]:
 
 def check(case: Case, strategy: str) -> None:
     """On one device, or by two ranks simulated in this process, whose results merge. In the
-    backward heads of a group are apart with an odd seed, and together with an even one."""
+    backward heads of a group are apart with an odd seed, and together with an even one; the queries
+    are parted with every third seed."""
     even = 2.0 if case.seed % 2 else 0.0
-    with mock.patch.multiple(hopper_kernel, _EVEN=even, _MANY=0):
+    stretches = lambda *_: 3 if case.seed % 3 == 2 else 1
+    with mock.patch.multiple(hopper_kernel, _EVEN=even, _MANY=0, _stretches=stretches):
         _check(case, strategy)
 
 

@@ -59,6 +59,28 @@ def test_descending_lists_count_from_the_end(name: str) -> None:
             assert seen == visits(lists, row, kind)[::-1]
 
 
+@pytest.mark.parametrize("stretches", [2, 3, 19, 40])
+@pytest.mark.parametrize("name", MASKS)
+def test_stretches_part_the_queries(name: str, stretches: int) -> None:
+    mask = block_mask(name)
+    whole = key_lists(mask, 1, CPU, descending=True)
+    parted = key_lists(mask, 1, CPU, descending=True, stretches=stretches)
+    assert parted.blocks == stretches * whole.blocks
+    length = -(-mask.q_blocks // stretches)
+    visited = torch.zeros(parted.rows.shape[0], dtype=torch.int64)
+    for row in range(whole.rows.shape[0]):
+        group, block = divmod(row, whole.blocks)
+        rows = [group * parted.blocks + s * whole.blocks + block for s in range(stretches)]
+        for kind in (0, 1):
+            lists = [visits(parted, r, kind) for r in rows]
+            assert [b for blocks in lists for b in blocks] == visits(whole, row, kind)
+            assert all(b // length == s for s, blocks in enumerate(lists) for b in blocks)
+            visited[rows] += torch.tensor([len(blocks) for blocks in lists])
+    listed = visited.view(-1, parted.blocks).gather(1, parted.order.long())
+    assert not listed[:, parted.places :].any()
+    assert parted.places == len(parted.work) == listed.any(0).sum()
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_longest_rows_first(name: str) -> None:
     mask = block_mask(name)

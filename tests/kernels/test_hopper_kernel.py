@@ -135,6 +135,70 @@ def test_heads_of_a_group_are_apart_where_that_is_faster(
     assert hopper_kernel._heads_of_a_tile(setup, q.device, 1_000) == 1
 
 
+@pytest.mark.parametrize(
+    ("mask", "tokens", "stretches"),
+    [
+        (rf.causal(), 16_384, 1),
+        (rf.full(), 32_768, 1),
+        (rf.causal(), 65_536, 3),
+        (rf.full(), 131_072, 6),
+        (rf.causal() & rf.sliding_window(4096), 131_072, 1),  # a tile of keys reads few queries
+    ],
+    ids=str,
+)
+def test_queries_are_parted_where_the_cache_does_not_hold_them(
+    mask: rf.MaskMod, tokens: int, stretches: int
+) -> None:
+    block_mask = rf.create_block_mask(mask, None, None, tokens, tokens)
+    q, k = (torch.zeros(1, h, 1, 128).half().expand(-1, -1, tokens, -1) for h in (4, 1))
+    setup = triton_setup.Setup.of(q, k, k, block_mask, KernelOptions())
+    assert hopper_kernel._stretches(setup, q.device, True) == stretches
+    assert hopper_kernel._stretches(setup, q.device, False) == 1
+
+
+@pytest.mark.parametrize("stretches", [1, 2])
+def test_stretches_add_into_zeros_in_fp32(
+    stretches: int, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hopper_kernel, "_stretches", lambda *_: stretches)
+    q, k, v, dout = (x[:, :1] for x in tensors())  # one head: nothing to be apart
+    mask = rf.create_block_mask(rf.full(), None, None, 256, 256)
+    gradients = Gradients(
+        dq=torch.empty_like(q), dk=torch.full_like(k, 7), dv=torch.full_like(v, 7), dcaptures=()
+    )
+    terms = RowTerms(*(torch.zeros(1, 1, 256) for _ in range(2)))
+    hopper_kernel.backward(
+        dout, q, k, v, terms, mask, None, 0.125, gradients, KernelOptions()
+    )  # fmt: skip
+    assert gradients.dk is not None and gradients.dv is not None
+    written = 0.0 if stretches > 1 else 7.0
+    assert (gradients.dk == written).all() and (gradients.dv == written).all()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_queue_knows_the_work(
+    apart: bool, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two heads, full blocks: 4 FLOP per pair and element in the forward, 10 in the backward."""
+    given: list[tuple[int, float]] = []
+    queue = hopper_kernel.queue
+    monkeypatch.setattr(hopper_kernel, "queue", lambda *x: given.append(x[:2]) or queue(*x))
+    monkeypatch.setattr(hopper_kernel, "_heads_of_a_tile", lambda *_: 1 if apart else 2)
+    q, k, v, dout = tensors()
+    mask = rf.create_block_mask(rf.full(), None, None, 256, 256)
+    after = Partial(torch.zeros_like(q), torch.zeros(1, 2, 256))
+    hopper_kernel.forward(q, k, v, mask, None, 0.125, None, after, KernelOptions())
+    gradients = Gradients(
+        dq=torch.empty_like(q), dk=torch.empty_like(k), dv=torch.empty_like(v), dcaptures=()
+    )
+    terms = RowTerms(*(torch.zeros(1, 2, 256) for _ in range(2)))
+    hopper_kernel.backward(
+        dout, q, k, v, terms, mask, None, 0.125, gradients, KernelOptions()
+    )  # fmt: skip
+    pairs = 2 * 256 * 256
+    assert given == [(4, 4 * 64 * pairs), (4 if apart else 2, 10 * 64 * pairs)]
+
+
 @pytest.mark.parametrize("cache", [0, 50 << 20])
 def test_heads_apart_add_into_zeros_in_fp32(
     cache: int, launches: Launches, monkeypatch: pytest.MonkeyPatch

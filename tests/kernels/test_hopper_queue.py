@@ -10,7 +10,7 @@ import torch
 import ringflex as rf
 from ringflex.kernels import hopper_common
 from ringflex.kernels.block_lists import key_lists, query_lists
-from ringflex.kernels.hopper_launch import in_sections, multiprocessors, queue
+from ringflex.kernels.hopper_launch import _LIFE, in_sections, multiprocessors, queue
 
 CPU = torch.device("cpu")
 
@@ -82,18 +82,20 @@ def test_programs_end_together(mask: str, transposed: bool, head_and_place) -> N
 
 
 @pytest.mark.parametrize("tiles", [1, 131, 132, 133, 4096, 70001])
+@pytest.mark.parametrize("lives", [0, 0.001, 0.04, 0.3, 1, 7])
 @pytest.mark.parametrize("beside", [False, True])
-def test_programs_come_to_all_tiles(tiles: int, beside: bool) -> None:
+def test_programs_come_to_all_tiles(tiles: int, lives: float, beside: bool) -> None:
+    """`lives`: what a tile takes of what a program may."""
     at_once = multiprocessors(CPU)
-    programs, quota, spread = queue(tiles, CPU, beside)
+    programs, quota, spread = queue(tiles, lives * tiles * _LIFE, CPU, beside)
     quotas = quota + np.arange(programs) % spread
     assert quotas.sum() >= tiles
-    if not beside:
+    mean = max(1, round(1 / max(lives, 1e-9)))
+    if not beside or tiles <= 2 * mean * at_once:
         assert programs == min(tiles, at_once)
-    elif tiles <= 4 * at_once:
+    elif mean == 1:
         assert programs == tiles and quotas.max() == 1
     else:
         # None must take more than its share after the others; they end one after the other.
-        mean = tiles / at_once / 4
         assert tiles + at_once * mean <= quotas.sum() <= tiles + 1.5 * at_once * (mean + 1) + spread
         assert quotas.max() <= 2 * mean + 1 and len(set(quotas[:at_once])) >= min(spread, at_once)

@@ -8,7 +8,7 @@ import torch
 
 import ringflex as rf
 from attention_cases import DEVICE
-from ringflex.kernels import block_lists, eager, triton_kernel
+from ringflex.kernels import eager, triton_kernel
 from ringflex.kernels.block_lists import query_lists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial
 from ringflex.kernels.stages import ACTIVE, BEGINS, ENDS, Stage
@@ -49,39 +49,17 @@ def test_what_sees_nothing_ends_with_the_first_step() -> None:
     assert local == [ALONE, ALONE, 0, ALONE] and remote == [0, 0, ALONE, 0]
 
 
-def test_a_stage_falls_into_what_goes_on_and_what_is_done() -> None:
+def test_a_step_has_places_for_its_own_queries_only() -> None:
     plan = rf.plan_all(
         rf.causal() & rf.sliding_window(20), 256, 4, layout="contiguous", block_size=16
     )[1]
-    local, remote = [s.stage for s in plan.steps if s.stage is not None]
-    assert local.parts is not None and remote.parts is None
-    on, done = (part.turns.reshape(-1).tolist() for part in local.parts)
-    assert on == [ACTIVE | BEGINS, ACTIVE | BEGINS, 0, 0]
-    assert done == [0, 0, ALONE, ALONE]
-    mask = plan.steps[0].mask
-    assert mask is not None
-    places = [query_lists(mask, CPU, part) for part in (None, *local.parts)]
-    assert [x.places for x in places] == [4, 2, 2]
-    order = [x.order.reshape(-1)[: x.places].tolist() for x in places]
-    assert order == [[2, 3, 1, 0], [1, 0], [2, 3]]  # longest first
-    assert [x.work.tolist() for x in places] == [[3, 3, 2, 1], [2, 1], [3, 3]]
-
-
-def test_nothing_that_parts_share_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two streams read it, and neither waits for the other."""
-    plan = rf.plan_all(
-        rf.causal() & rf.document(torch.arange(256) // 100), 256, 2, layout="zigzag", block_size=16
-    )[0]
-    mask, stage = plan.steps[0].mask, plan.steps[0].stage
-    assert mask is not None and stage is not None and stage.parts is not None
-    triton_kernel.make_ready(mask, CPU)
-    sent: list[int] = []
-    send = block_lists.to_device
-    monkeypatch.setattr(block_lists, "to_device", lambda x, d: sent.append(x.size) or send(x, d))
-    for part in stage.parts:
-        query_lists(mask, CPU, part)
-    block_lists.positions(mask, CPU)
-    assert sent == [mask.q_blocks] * 2  # the order of each
+    for step, order, work in zip(
+        plan.steps, ([2, 3, 1, 0], [0, 1]), ([3, 3, 2, 1], [2, 1]), strict=True
+    ):
+        assert step.mask is not None
+        lists = query_lists(step.mask, CPU, step.stage)
+        assert lists.order.reshape(-1)[: lists.places].tolist() == order  # longest first
+        assert lists.places == len(order) and lists.work.tolist() == work
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
