@@ -14,7 +14,7 @@ from ringflex.kernels.block_lists import BlockLists
 from ringflex.kernels.device_arrays import to_device
 
 _COUNTERS = 2048  # launches that may be under way at once
-_LIFE = 2e10  # FLOP of a program: 4 or 5 ms
+_LIFE = 1e10  # FLOP of a program: about 2 ms
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 _FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
