@@ -206,8 +206,8 @@ def backward(
     ready(
         described(q, block_m, D_PAD), described(k, _GROUP, D_PAD), described(v, _GROUP, DV_PAD),
         described(dout, block_m, DV_PAD), *(described_flat(x, block_m) for x in terms),
-        described(dq, _GROUP, block_m * D_PAD // (2 * _GROUP)), strided(dk), strided(dv), counters(q.device),
-        () if mod is None else mod.arguments, gradient_arguments(pairs), scale,
+        described(dq, _GROUP, block_m * D_PAD // (2 * _GROUP)), strided(dk), strided(dv),
+        counters(q.device), () if mod is None else mod.arguments, gradient_arguments(pairs), scale,
     )  # fmt: skip
     round_queries(g, dq)
     if dk is not g.dk:
