@@ -80,7 +80,8 @@ def queue(tiles: int, flops: float, device: torch.device, beside: bool) -> tuple
     Args:
         tiles, flops: in all.
         beside: other kernels may need multiprocessors meanwhile, as transfers do. So programs of a
-            long launch end at any time, and others take their place: each start costs 10 us.
+            long launch end at any time, and others take their place. A short one would take up to
+            5% longer by that.
     """
     at_once = multiprocessors(device)
     mean = max(1, round(_LIFE * tiles / max(flops, 1.0)))

@@ -12,6 +12,7 @@ from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
 from ringflex.kernels.triton_kernel import RowTerms
 from ringflex.kernels.triton_tiles import Architecture
 
+CPU = torch.device("cpu")
 TILES = (("forward", Tile(64, 64, 4, 2)),)
 
 
@@ -43,6 +44,13 @@ def tensors(D: int = 64, Dv: int = 64, offset: int = 0) -> list[torch.Tensor]:
     shapes = [(1, 2, 256, D), (1, 1, 256, D), (1, 1, 256, Dv), (1, 2, 256, Dv)]
     return [torch.zeros(torch.Size(s).numel() + 8).half()[offset:][: torch.Size(s).numel()].view(s)
             for s in shapes]  # fmt: skip
+
+
+def setup_of(mask: rf.MaskMod, tokens: int) -> triton_setup.Setup:
+    """Of four query heads and one of K/V, which take no memory."""
+    block_mask = rf.create_block_mask(mask, None, None, tokens, tokens)
+    q, k = (torch.zeros(1, h, 1, 128).half().expand(-1, -1, tokens, -1) for h in (4, 1))
+    return triton_setup.Setup.of(q, k, k, block_mask, KernelOptions())
 
 
 @pytest.mark.parametrize(
@@ -127,12 +135,10 @@ def test_portable_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_heads_of_a_group_are_apart_where_that_is_faster(
     mask: rf.MaskMod, tokens: int, heads: int
 ) -> None:
-    block_mask = rf.create_block_mask(mask, None, None, tokens, tokens)
-    q, k = (torch.zeros(1, h, 1, 128).half().expand(-1, -1, tokens, -1) for h in (4, 1))
-    setup = triton_setup.Setup.of(q, k, k, block_mask, KernelOptions())
-    assert hopper_kernel._heads_of_a_tile(setup, q.device, None) == heads
-    assert hopper_kernel._heads_of_a_tile(setup, q.device, 10_000) == heads
-    assert hopper_kernel._heads_of_a_tile(setup, q.device, 1_000) == 1
+    setup = setup_of(mask, tokens)
+    assert hopper_kernel._heads_of_a_tile(setup, CPU, None) == heads
+    assert hopper_kernel._heads_of_a_tile(setup, CPU, 10_000) == heads
+    assert hopper_kernel._heads_of_a_tile(setup, CPU, 1_000) == 1
 
 
 @pytest.mark.parametrize(
@@ -149,11 +155,9 @@ def test_heads_of_a_group_are_apart_where_that_is_faster(
 def test_queries_are_parted_where_the_cache_does_not_hold_them(
     mask: rf.MaskMod, tokens: int, stretches: int
 ) -> None:
-    block_mask = rf.create_block_mask(mask, None, None, tokens, tokens)
-    q, k = (torch.zeros(1, h, 1, 128).half().expand(-1, -1, tokens, -1) for h in (4, 1))
-    setup = triton_setup.Setup.of(q, k, k, block_mask, KernelOptions())
-    assert hopper_kernel._stretches(setup, q.device, True) == stretches
-    assert hopper_kernel._stretches(setup, q.device, False) == 1
+    setup = setup_of(mask, tokens)
+    assert hopper_kernel._stretches(setup, CPU, True) == stretches
+    assert hopper_kernel._stretches(setup, CPU, False) == 1
 
 
 @pytest.mark.parametrize("stretches", [1, 2])
