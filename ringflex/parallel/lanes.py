@@ -1,10 +1,10 @@
 """Two streams of a GPU for one call, so that no kernel's end leaves the GPU half empty.
 
 The last programs of a kernel end one by one, and the next kernel on the stream, which waits for
-all of them, finds room that nothing used: 2 to 6% of a backward with 8k tokens to a GPU. What others
-wait for runs *ahead*, on a stream of high priority. What nobody waits for, the backward of the local
-K/V, is left *behind* on the program's own stream, to run wherever there is room; but its programs
-make room only if there is work for more than a few milliseconds (`hopper_launch.queue`).
+all of them, finds room that nothing used: 2 to 6% of a backward with 8k tokens to a GPU. What
+others wait for runs *ahead*, on a stream of high priority. What nobody waits for, the backward of
+the local K/V, is left *behind* on the program's own stream, to run wherever there is room; but its
+programs make room only if there is work for more than a few milliseconds (`hopper_launch.queue`).
 """
 
 from __future__ import annotations

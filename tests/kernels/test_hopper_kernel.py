@@ -46,11 +46,10 @@ def tensors(D: int = 64, Dv: int = 64, offset: int = 0) -> list[torch.Tensor]:
             for s in shapes]  # fmt: skip
 
 
-def setup_of(mask: rf.MaskMod, tokens: int) -> triton_setup.Setup:
+def setup_of(mask: rf.BlockMask) -> triton_setup.Setup:
     """Of four query heads and one of K/V, which take no memory."""
-    block_mask = rf.create_block_mask(mask, None, None, tokens, tokens)
-    q, k = (torch.zeros(1, h, 1, 128).half().expand(-1, -1, tokens, -1) for h in (4, 1))
-    return triton_setup.Setup.of(q, k, k, block_mask, KernelOptions())
+    q, k = (torch.zeros(1, h, 1, 128).half().expand(-1, -1, mask.q_len, -1) for h in (4, 1))
+    return triton_setup.Setup.of(q, k, k, mask, KernelOptions())
 
 
 @pytest.mark.parametrize(
@@ -135,7 +134,8 @@ def test_portable_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_heads_of_a_group_are_apart_where_that_is_faster(
     mask: rf.MaskMod, tokens: int, heads: int
 ) -> None:
-    setup = setup_of(mask, tokens)
+    block_mask = rf.create_block_mask(mask, None, None, tokens, tokens)
+    setup = setup_of(block_mask)
     assert hopper_kernel._heads_of_a_tile(setup, CPU, None) == heads
     assert hopper_kernel._heads_of_a_tile(setup, CPU, 10_000) == heads
     assert hopper_kernel._heads_of_a_tile(setup, CPU, 1_000) == 1
@@ -155,7 +155,8 @@ def test_heads_of_a_group_are_apart_where_that_is_faster(
 def test_queries_are_parted_where_the_cache_does_not_hold_them(
     mask: rf.MaskMod, tokens: int, stretches: int
 ) -> None:
-    setup = setup_of(mask, tokens)
+    block_mask = rf.create_block_mask(mask, None, None, tokens, tokens)
+    setup = setup_of(block_mask)
     assert hopper_kernel._stretches(setup, CPU, True) == stretches
     assert hopper_kernel._stretches(setup, CPU, False) == 1
 
