@@ -5,12 +5,15 @@ The gradients of `triton_backward` in one pass of five products, after Shah et a
 warpgroups, and walks the queries that see them, of all heads of a group or of some. Scores are
 transposed, so that weights and their gradients are left operands of dV and dK out of registers; for
 dQ they go through shared memory, and each group computes half of dQ from both halves of the keys:
-half the columns, or, of 128 queries, half the rows. dQ is added into fp32 in global memory by TMA,
-in whatever order programs come to it; so are dK and dV, by atomics, where heads of a group are
-apart, or the queries parted into stretches.
+half the columns, or, where there are only 64, half the rows. dQ is transposed as well, so that what
+a warp writes to shared memory at once is spread over its banks; it is added into fp32 in global
+memory by TMA, in whatever order programs come to it. So are dK and dV, by atomics, where heads of a
+group are apart, or the queries parted into stretches.
 
-The scores of the next tile of queries are under way while the last products of one are. Programs
-take tiles of keys from a queue (`hopper_common`).
+The groups need not keep step: dQ of a tile of queries is computed one tile later, when the other
+group has long written its part, so that one group's exponentials meet the other's products. The
+scores of the next tile are under way while the last products of one are. Programs take tiles of
+keys from a queue (`hopper_common`).
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ from ringflex.kernels.triton_common import (
 
 KEYS = gl.constexpr(64)  # per warpgroup
 GROUPS = gl.constexpr(2)
+DS_STAGES = gl.constexpr(3)  # of dS: a tile's, the last one's, and what the other group still reads
 ITEM_WORDS = gl.constexpr(4)  # of a tile of queries: position, head, start, whether it is masked
 
 
@@ -67,10 +71,11 @@ def _load_list(
         if loaded >= STAGES:
             wait_for(FIRST_BARRIER + slot, HANDOVER)
         position = position_of(q_starts, at, BLOCK_M, TILES, False)
-        write_word(items, slot * ITEM_WORDS, position)
-        write_word(items, slot * ITEM_WORDS + 1, h)
-        write_word(items, slot * ITEM_WORDS + 2, row)
-        write_word(items, slot * ITEM_WORDS + 3, 1 if MASKED else 0)
+        item = loaded % (2 * STAGES) * ITEM_WORDS
+        write_word(items, item, position)
+        write_word(items, item + 1, h)
+        write_word(items, item + 2, row)
+        write_word(items, item + 3, 1 if MASKED else 0)
         mbarrier.expect(q_full.index(slot), q.block_type.nbytes + lse.block_type.nbytes)
         tma_load(lse, [terms + row], q_full.index(slot), lse_rows.index(slot))
         tma_load(q, [b, h, row, 0], q_full.index(slot), q_buffers.index(slot))
@@ -186,6 +191,52 @@ def _hidden(
 
 
 @gluon.jit
+def _scores(k_tile, buffers, q_full, number, zero, STAGES: gl.constexpr):
+    """Begins the scores of a tile of queries, by its number, once it is there."""
+    slot = number % STAGES
+    mbarrier.wait(q_full.index(slot), number // STAGES & 1)
+    q_tile = buffers[0].index(slot).reshape([zero.shape[1], k_tile.shape[1]])
+    return warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _queries(
+    buffers, number, here, zero,
+    FIRST_ROW: gl.constexpr, FIRST_COLUMN: gl.constexpr, D_PAD: gl.constexpr,
+):  # fmt: skip
+    """Begins a group's part of dQ, transposed, from both groups' dS of a tile."""
+    k_buffers, ds_buffers = buffers[2], buffers[6]
+    COLUMNS: gl.constexpr = zero.shape[0]
+    ROWS: gl.constexpr = zero.shape[1]
+    k_first = k_buffers.index(here).reshape([KEYS, D_PAD]).slice(FIRST_COLUMN, COLUMNS, dim=1)
+    k_second = k_buffers.index(here + 1).reshape([KEYS, D_PAD]).slice(FIRST_COLUMN, COLUMNS, dim=1)
+    first = number % DS_STAGES * GROUPS
+    ds_first = ds_buffers.index(first).slice(FIRST_ROW, ROWS, dim=1)
+    ds_second = ds_buffers.index(first + 1).slice(FIRST_ROW, ROWS, dim=1)
+    part = warpgroup_mma(k_first.permute((1, 0)), ds_first, zero, use_acc=False, is_async=True)
+    return warpgroup_mma(k_second.permute((1, 0)), ds_second, part, is_async=True)
+
+
+@gluon.jit
+def _stage(staged, part):
+    """Transposes that part into shared memory, once what was there has left."""
+    tma.store_wait(0)
+    staged.reshape([part.shape[1], part.shape[0]]).permute((1, 0)).store(part)
+    fence_async_shared()
+
+
+@gluon.jit
+def _add(
+    dq, staged, items, number, b,
+    FIRST_ROW: gl.constexpr, FIRST_COLUMN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Adds that part to dQ of a tile of queries, by its number."""
+    item = number % (2 * STAGES) * ITEM_WORDS
+    h, row = read_word(items, item + 1), read_word(items, item + 2)
+    tma_add(dq, [b, h, row + FIRST_ROW, FIRST_COLUMN], staged)
+
+
+@gluon.jit
 def _consume(
     q, dq, results, shared, lengths, heads, group, score_tables, mask_tables, into, scale,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
@@ -201,10 +252,13 @@ def _consume(
     COLUMNS: gl.constexpr = dq.block_type.shape[3]
     FIRST_ROW: gl.constexpr = GROUP * (BLOCK_M - ROWS)
     FIRST_COLUMN: gl.constexpr = GROUP * (D_PAD - COLUMNS)
-    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     FOR_DK: gl.constexpr = gl.DotOperandLayout(0, DK, 2)
     FOR_DV: gl.constexpr = gl.DotOperandLayout(0, DV_, 2)
     EARLY: gl.constexpr = score_mod is None and BLOCK_M == 64  # dV before dS: registers suffice
+    AHEAD: gl.constexpr = BLOCK_M == 128  # the next scores before dQ is stored, by measurement
+    WRITTEN: gl.constexpr = FIRST_BARRIER + 2 * STAGES + 2 * GROUP  # dS of this group, by parity
+    THEIRS: gl.constexpr = FIRST_BARRIER + 2 * STAGES + 2 * (1 - GROUP)  # and of the other
     dtype: gl.constexpr = q.dtype
     buffers, barriers, queue, items = shared
     words, words_full, words_empty = queue[1], queue[2], queue[3]
@@ -215,7 +269,7 @@ def _consume(
     kv_len, q_limit, kv_limit = lengths
     dq_staged = dq_buffers.index(GROUP)
     zero = gl.zeros([KEYS, BLOCK_M], gl.float32, S)
-    zero_dq = gl.zeros([ROWS, COLUMNS], gl.float32, DQ)
+    zero_dq = gl.zeros([COLUMNS, ROWS], gl.float32, DQ)
     taken = gl.to_tensor(0)
     done = gl.to_tensor(0)
     mbarrier.wait(words_full.index(0), 0)
@@ -229,13 +283,8 @@ def _consume(
         dv = gl.zeros([KEYS, DV_PAD], gl.float32, DV_)
         mbarrier.wait(kv_full.index(0), taken & 1)
         if count > 0:
-            slot = done % STAGES
-            mbarrier.wait(q_full.index(slot), done // STAGES & 1)
-            q_tile = q_buffers.index(slot).reshape([BLOCK_M, D_PAD])
             k_tile = k_buffers.index(GROUP).reshape([KEYS, D_PAD])
-            scores = warpgroup_mma(
-                k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True
-            )
+            scores = _scores(k_tile, buffers, q_full, done, zero, STAGES)
             s = warpgroup_mma_wait(0, deps=(scores,))
             for number in range(done, done + count):
                 slot, turn = number % STAGES, number // STAGES & 1
@@ -243,24 +292,20 @@ def _consume(
                 here = number >> 30
                 k_tile = k_buffers.index(here + GROUP).reshape([KEYS, D_PAD])
                 v_tile = v_buffers.index(here + GROUP).reshape([KEYS, DV_PAD])
-                k_first = k_buffers.index(here).reshape([KEYS, D_PAD])
-                k_second = k_buffers.index(here + 1).reshape([KEYS, D_PAD])
-                k_first = k_first.slice(FIRST_COLUMN, COLUMNS, dim=1)
-                k_second = k_second.slice(FIRST_COLUMN, COLUMNS, dim=1)
                 q_tile = q_buffers.index(slot).reshape([BLOCK_M, D_PAD])
                 mbarrier.wait(dout_full.index(slot), turn)
                 dout_tile = dout_buffers.index(slot).reshape([BLOCK_M, DV_PAD])
                 dp = warpgroup_mma(
                     v_tile, dout_tile.permute((1, 0)), zero, use_acc=False, is_async=True
                 )
-                h = read_word(items, slot * ITEM_WORDS + 1)
-                row = read_word(items, slot * ITEM_WORDS + 2)
+                item = number % (2 * STAGES) * ITEM_WORDS
+                h = read_word(items, item + 1)
                 lse_row = lse_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
                 if score_mod is None:
                     p = gl.exp2(s * (scale * LOG2E) - lse_row)
                 else:
                     s_raw = s * scale
-                    q_start = read_word(items, slot * ITEM_WORDS)
+                    q_start = read_word(items, item)
                     q_idx = q_start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S))
                     q_idx = gl.minimum(q_idx, q_limit - 1)[None, :]
                     at_kv = gl.minimum(kv_idx, kv_limit - 1)
@@ -268,9 +313,9 @@ def _consume(
                         score_mod(s_raw, b, h, q_idx, at_kv, score_tables) * LOG2E - lse_row
                     )
                 if PARTIAL:
-                    if read_word(items, slot * ITEM_WORDS + 3) != 0:
+                    if read_word(items, item + 3) != 0:
                         p = _hidden(
-                            p, b, h, read_word(items, slot * ITEM_WORDS), kv_idx, q_limit,
+                            p, b, h, read_word(items, item), kv_idx, q_limit,
                             kv_limit, mask_tables, mask_mod, BLOCK_M, S,
                         )  # fmt: skip
                 if EARLY:
@@ -286,40 +331,43 @@ def _consume(
                     ds = score_grad(s_raw, ds, b, h, q_idx, at_kv, score_tables, into, HOW, 1)
                     ds = gl.where(p == 0, 0.0, ds)  # whatever the derivative is where it is hidden
                 ds = ds.to(dtype)
-                parity = number % 2 * GROUPS
-                ds_buffers.index(parity + GROUP).store(ds)
+                # Then their dQ of three tiles before is done, which read what is written now.
+                if number > done:
+                    wait_for(THEIRS + (number - 1) % 2, "256")
+                ds_buffers.index(number % DS_STAGES * GROUPS + GROUP).store(ds)
                 if not EARLY:
                     adding_dv = warpgroup_mma(
                         gl.convert_layout(p.to(dtype), FOR_DV), dout_tile, dv, is_async=True
                     )
                 fence_async_shared()
-                wait_for(FIRST_BARRIER + 2 * STAGES, "256")  # both groups' ds are there
-                ds_first = ds_buffers.index(parity).slice(FIRST_ROW, ROWS, dim=1)
-                ds_second = ds_buffers.index(parity + 1).slice(FIRST_ROW, ROWS, dim=1)
-                dq_part = warpgroup_mma(
-                    ds_first.permute((1, 0)), k_first, zero_dq, use_acc=False, is_async=True
-                )
-                dq_part = warpgroup_mma(ds_second.permute((1, 0)), k_second, dq_part, is_async=True)
+                come(WRITTEN + number % 2, "256")
+                # dQ of the tile before; at the first, of no tile, for nothing.
+                before = number + DS_STAGES - 1
+                dq_part = _queries(buffers, before, here, zero_dq, FIRST_ROW, FIRST_COLUMN, D_PAD)
                 adding_dk = warpgroup_mma(gl.convert_layout(ds, FOR_DK), q_tile, dk, is_async=True)
                 dv = warpgroup_mma_wait(3, deps=(adding_dv,))
                 come(FIRST_BARRIER + STAGES + slot, HANDOVER)
-                dq_part = warpgroup_mma_wait(1, deps=(dq_part,))
-                tma.store_wait(0)
-                staged = dq_staged.reshape([ROWS, COLUMNS])
-                staged.store(dq_part * scale)
-                fence_async_shared()
-                tma_add(dq, [b, h, row + FIRST_ROW, FIRST_COLUMN], dq_staged)
                 # The next scores; after the last tile, its own once more, for nothing.
                 following = gl.minimum(number + 1, done + count - 1)
-                next_slot = following % STAGES
-                mbarrier.wait(q_full.index(next_slot), following // STAGES & 1)
-                next_q = q_buffers.index(next_slot).reshape([BLOCK_M, D_PAD])
-                scores = warpgroup_mma(
-                    k_tile, next_q.permute((1, 0)), zero, use_acc=False, is_async=True
-                )
+                if AHEAD:
+                    scores = _scores(k_tile, buffers, q_full, following, zero, STAGES)
+                    dq_part = warpgroup_mma_wait(2, deps=(dq_part,))
+                else:
+                    dq_part = warpgroup_mma_wait(1, deps=(dq_part,))
+                _stage(dq_staged, dq_part * scale)
+                if number > done:
+                    _add(dq, dq_staged, items, number - 1, b, FIRST_ROW, FIRST_COLUMN, STAGES)
+                if not AHEAD:
+                    scores = _scores(k_tile, buffers, q_full, following, zero, STAGES)
                 dk = warpgroup_mma_wait(1, deps=(adding_dk,))
                 s = warpgroup_mma_wait(0, deps=(scores,))
                 come(FIRST_BARRIER + slot, HANDOVER)
+            last = done + count - 1
+            wait_for(THEIRS + last % 2, "256")
+            dq_part = _queries(buffers, last, 0, zero_dq, FIRST_ROW, FIRST_COLUMN, D_PAD)
+            dq_part = warpgroup_mma_wait(0, deps=(dq_part,))
+            _stage(dq_staged, dq_part * scale)
+            _add(dq, dq_staged, items, last, b, FIRST_ROW, FIRST_COLUMN, STAGES)
             done += count
         mbarrier.arrive(kv_empty.index(0), count=1)
         # Read only now: through the loop, it would take registers.
@@ -394,7 +442,7 @@ def hopper_backward_kernel(
     v_buffers = gl.allocate_shared_memory(q.dtype, [GROUPS] + v.block_type.shape, v.layout)
     lse_rows = gl.allocate_shared_memory(gl.float32, [STAGES] + lse.block_type.shape, lse.layout)
     delta_rows = gl.allocate_shared_memory(gl.float32, [STAGES] + lse.block_type.shape, lse.layout)
-    ds_buffers = gl.allocate_shared_memory(q.dtype, [2 * GROUPS, KEYS, BLOCK_M], DS_LAYOUT)
+    ds_buffers = gl.allocate_shared_memory(q.dtype, [DS_STAGES * GROUPS, KEYS, BLOCK_M], DS_LAYOUT)
     dq_buffers = gl.allocate_shared_memory(gl.float32, [GROUPS] + dq.block_type.shape, dq.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
@@ -405,7 +453,8 @@ def hopper_backward_kernel(
     words_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     words = gl.allocate_shared_memory(gl.int32, [2 * WORDS, 1], plain)
-    items = gl.allocate_shared_memory(gl.int32, [STAGES * ITEM_WORDS, 1], plain)
+    # Of tiles that are loaded, and the last ones, whose dQ is yet to be added.
+    items = gl.allocate_shared_memory(gl.int32, [2 * STAGES * ITEM_WORDS, 1], plain)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(dout_full.index(i), count=1)

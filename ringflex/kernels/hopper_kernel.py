@@ -206,7 +206,7 @@ def backward(
     ready(
         described(q, block_m, D_PAD), described(k, _GROUP, D_PAD), described(v, _GROUP, DV_PAD),
         described(dout, block_m, DV_PAD), *(described_flat(x, block_m) for x in terms),
-        described(dq, _GROUP, block_m * D_PAD // (2 * _GROUP)), strided(dk), strided(dv),
+        described(dq, block_m * D_PAD // (2 * _GROUP), _GROUP), strided(dk), strided(dv),
         counters(q.device), () if mod is None else mod.arguments, gradient_arguments(pairs), scale,
     )  # fmt: skip
     round_queries(g, dq)
