@@ -285,6 +285,7 @@ def _consume(
         if count > 0:
             k_tile = k_buffers.index(GROUP).reshape([KEYS, D_PAD])
             scores = _scores(k_tile, buffers, q_full, done, zero, STAGES)
+            masked = read_word(items, done % (2 * STAGES) * ITEM_WORDS + 3)
             s = warpgroup_mma_wait(0, deps=(scores,))
             for number in range(done, done + count):
                 slot, turn = number % STAGES, number // STAGES & 1
@@ -313,7 +314,7 @@ def _consume(
                         score_mod(s_raw, b, h, q_idx, at_kv, score_tables) * LOG2E - lse_row
                     )
                 if PARTIAL:
-                    if read_word(items, item + 3) != 0:
+                    if masked != 0:
                         p = _hidden(
                             p, b, h, read_word(items, item), kv_idx, q_limit,
                             kv_limit, mask_tables, mask_mod, BLOCK_M, S,
@@ -359,6 +360,8 @@ def _consume(
                     _add(dq, dq_staged, items, number - 1, b, FIRST_ROW, FIRST_COLUMN, STAGES)
                 if not AHEAD:
                     scores = _scores(k_tile, buffers, q_full, following, zero, STAGES)
+                # While they are under way, as a branch on it would wait.
+                masked = read_word(items, following % (2 * STAGES) * ITEM_WORDS + 3)
                 dk = warpgroup_mma_wait(1, deps=(adding_dk,))
                 s = warpgroup_mma_wait(0, deps=(scores,))
                 come(FIRST_BARRIER + slot, HANDOVER)
