@@ -314,6 +314,8 @@ def _consume(
                         score_mod(s_raw, b, h, q_idx, at_kv, score_tables) * LOG2E - lse_row
                     )
                 if PARTIAL:
+                    if AHEAD:
+                        masked = read_word(items, item + 3)
                     if masked != 0:
                         p = _hidden(
                             p, b, h, read_word(items, item), kv_idx, q_limit,
@@ -360,8 +362,8 @@ def _consume(
                     _add(dq, dq_staged, items, number - 1, b, FIRST_ROW, FIRST_COLUMN, STAGES)
                 if not AHEAD:
                     scores = _scores(k_tile, buffers, q_full, following, zero, STAGES)
-                # While they are under way, as a branch on it would wait.
-                masked = read_word(items, following % (2 * STAGES) * ITEM_WORDS + 3)
+                    # While they are under way, as a branch on it would wait.
+                    masked = read_word(items, following % (2 * STAGES) * ITEM_WORDS + 3)
                 dk = warpgroup_mma_wait(1, deps=(adding_dk,))
                 s = warpgroup_mma_wait(0, deps=(scores,))
                 come(FIRST_BARRIER + slot, HANDOVER)
