@@ -121,13 +121,6 @@ def key_lists(
     return mask.cache[key]
 
 
-def half_of(lists: BlockLists, half: int) -> BlockLists:
-    """Every other place of the order, so that both halves have about as much to do; `order` itself
-    stays as it is."""
-    work = lists.work[half::2]
-    return lists._replace(places=len(work), work=work, order_here=lists.order_here[:, half::2])
-
-
 def positions(mask: BlockMask, device: torch.device) -> Positions:
     """Where the blocks are in the whole sequence. Kept on the mask."""
     key = ("positions", device)

@@ -66,9 +66,6 @@ class Gradients:
         stage, running_q: as in `forward`, for dq; running_q is in the compute dtype. running_q
             without a stage, of a kernel without separate passes: dQ is added to it, and dq left.
         beside: as in `forward`.
-        half: 0 or 1, of a kernel whose calls may overlap: dk and dv of about half of the keys, and
-            what these add to dq; the first call takes all of them if the kernel cannot part them.
-            The programs of the second end early, so that transfers soon find room.
     """
 
     dq: Tensor | None
@@ -78,7 +75,6 @@ class Gradients:
     stage: Stage | None = None
     running_q: Tensor | None = None
     beside: bool = False
-    half: int | None = None
 
 
 class Tile(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ringflex.kernels import triton_kernel
-from ringflex.kernels.block_lists import half_of, key_lists, query_lists
+from ringflex.kernels.block_lists import key_lists, query_lists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
 from ringflex.kernels.hopper_backward import hopper_backward_kernel
 from ringflex.kernels.hopper_forward import hopper_forward_kernel
@@ -59,7 +59,6 @@ _REGISTERS = (240, 24)  # per thread of the consumers and the producer
 _LARGEST_BACKWARD_DIM = 128
 _EVEN = 0.75  # mean work of rows over the longest's, from which on heads of a group stay together
 _FEW, _MANY = 0.5, 10  # tiles of keys per multiprocessor
-_GENERATIONS = 4  # of programs, in the second half of a backward
 _KEPT = 0.75  # of the L2 cache, what programs may walk out of step
 
 
@@ -172,24 +171,18 @@ def backward(
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_m = 128 if max(D, Dv) <= 64 and mod is None else 64  # what registers allow
     key = (
-        "hopper backward", g.beside, g.half, kind_of(mod), score_function, dout.stride(), dk.dtype,
+        "hopper backward", g.beside, kind_of(mod), score_function, dout.stride(), dk.dtype,
         dk.stride(), dv.stride(), tuple(wanted), alignment(dk, dv),
     )  # fmt: skip
     ready = setup.prepared.get(key)
     if ready is None:
         lists = key_lists(mask, members, q.device, descending=True, stretches=stretches)
-        if g.half is not None:
-            lists = half_of(lists, g.half)
-            if not lists.places:
-                return
         units = setup.batch * setup.heads // members
         tiles_m, tiles_n = mask.block_size[0] // block_m, mask.block_size[1] // _STAYS
         lists, sections = in_sections(lists, tiles_n, units, q.device, backwards=False)
         per_block = mask.block_size[0] * _STAYS * (6 * D + 4 * Dv)  # FLOP
         flops = float(lists.work.sum()) * units * members * tiles_n * per_block
-        generations = _GENERATIONS if g.half == 1 else 0
-        total = units * lists.places * tiles_n
-        programs, *quota = queue(total, flops, q.device, g.beside, generations)
+        programs, *quota = queue(units * lists.places * tiles_n, flops, q.device, g.beside)
         score_gradient = None
         if mod is not None:
             score_gradient = mod.gradient(wanted or [False] * len(mod.tables))
@@ -279,8 +272,7 @@ def _sums_of_keys(g: Gradients) -> tuple[Tensor, Tensor]:
     """Where heads of a group, or stretches of queries, add dK and dV, in fp32."""
     assert g.dk is not None and g.dv is not None
     if g.dk.dtype == torch.float32:
-        return (g.dk, g.dv) if g.half == 1 else (g.dk.zero_(), g.dv.zero_())
-    assert g.half is None  # it would be lost in between
+        return g.dk.zero_(), g.dv.zero_()
     sizes = g.dk.numel(), g.dv.numel()
     dk, dv = torch.zeros(sum(sizes), dtype=torch.float32, device=g.dk.device).split(sizes)
     return dk.view(g.dk.shape), dv.view(g.dv.shape)

@@ -73,9 +73,7 @@ def in_sections(
     return lists, moved[order.size + aligned :]
 
 
-def queue(
-    tiles: int, flops: float, device: torch.device, beside: bool, generations: int = 0
-) -> tuple[int, int, int]:
+def queue(tiles: int, flops: float, device: torch.device, beside: bool) -> tuple[int, int, int]:
     """How many programs to launch, and how many tiles each may take: of program i, the second
     number + i modulo the third.
 
@@ -84,13 +82,10 @@ def queue(
         beside: other kernels may need multiprocessors meanwhile, as transfers do. So programs of a
             long launch end at any time, and others take their place. A short one would take up to
             5% longer by that.
-        generations: of programs, that many at least, also of a short launch.
     """
     at_once = multiprocessors(device)
     mean = max(1, round(_LIFE * tiles / max(flops, 1.0)))
-    if generations:
-        mean = max(1, min(mean, tiles // (generations * at_once)))
-    elif not beside or tiles <= 2 * mean * at_once:
+    if not beside or tiles <= 2 * mean * at_once:
         return min(tiles, at_once), 1 << 30, 1
     if mean == 1:
         return tiles, 1, 1

@@ -151,8 +151,6 @@ def backward(
     options: KernelOptions,
 ) -> None:
     """See `contract`."""
-    if gradients.half == 1:
-        return
     setup, q, k, v = _setup(q, k, v, mask, options)
     mod = score_mod(score, q.device, options)
     call = _Backward(setup, mod, nearby(dout), q, k, v, terms, scale, gradients)

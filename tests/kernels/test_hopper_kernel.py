@@ -8,7 +8,6 @@ import torch
 
 import ringflex as rf
 from ringflex.kernels import hopper_kernel, triton_kernel, triton_setup
-from ringflex.kernels.block_lists import BlockLists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
 from ringflex.kernels.triton_kernel import RowTerms
 from ringflex.kernels.triton_tiles import Architecture
@@ -222,35 +221,3 @@ def test_heads_apart_add_into_zeros_in_fp32(
     assert gradients.dk is not None and gradients.dv is not None
     written = 0.0 if cache == 0 else 7.0
     assert (gradients.dk == written).all() and (gradients.dv == written).all()
-
-
-def test_halves_make_the_whole(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first sets to zero what both add to, and they share the rows; of a single row, the first
-    takes all."""
-    shared: list[list[int]] = []
-    in_sections = hopper_kernel.in_sections
-
-    def noted(lists: BlockLists, *rest: Any, **how: Any) -> Any:
-        shared.append(lists.order_here[0, : lists.places].tolist())
-        return in_sections(lists, *rest, **how)
-
-    monkeypatch.setattr(hopper_kernel, "in_sections", noted)
-    monkeypatch.setattr(hopper_kernel, "_heads_of_a_tile", lambda *_: 1)
-    q, k, v, dout = tensors()
-    terms = RowTerms(*(torch.zeros(1, 2, 256) for _ in range(2)))
-    for tokens, rows in ((256, [[0], [1]]), (128, [[0]])):
-        shared.clear()
-        keys = [x[:, :, :tokens] for x in (k, v)]
-        mask = rf.create_block_mask(rf.full(), None, None, 256, tokens)
-        dk, dv = (torch.full(x.shape, 7.0) for x in keys)
-        for half, kept in ((0, 0.0), (1, 3.0)):
-            gradients = Gradients(
-                dq=torch.empty_like(q), dk=dk, dv=dv, dcaptures=(), running_q=torch.zeros(q.shape),
-                half=half,
-            )  # fmt: skip
-            hopper_kernel.backward(
-                dout, q, *keys, terms, mask, None, 0.125, gradients, KernelOptions()
-            )  # fmt: skip
-            assert (dk == kept).all() and (dv == kept).all()
-            dk.fill_(3.0), dv.fill_(3.0)
-        assert shared == rows

@@ -99,13 +99,3 @@ def test_programs_come_to_all_tiles(tiles: int, lives: float, beside: bool) -> N
         # None must take more than its share after the others; they end one after the other.
         assert tiles + at_once * mean <= quotas.sum() <= tiles + 1.5 * at_once * (mean + 1) + spread
         assert quotas.max() <= 2 * mean + 1 and len(set(quotas[:at_once])) >= min(spread, at_once)
-
-
-@pytest.mark.parametrize("tiles", [1, 500, 600, 3_000, 50_000])
-def test_generations_of_a_short_launch(tiles: int) -> None:
-    """Programs end early also where the whole launch is short, but take a tile at least."""
-    at_once = multiprocessors(CPU)
-    programs, quota, spread = queue(tiles, tiles * _LIFE / 1000, CPU, True, 4)
-    quotas = quota + np.arange(programs) % spread
-    assert quotas.sum() >= tiles
-    assert quotas.mean() <= max(1, tiles / (4 * at_once))
