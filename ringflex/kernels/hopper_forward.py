@@ -169,59 +169,45 @@ def _produce(
 
 
 @gluon.jit
-def _half(tiles, number, HALF: gl.constexpr, ROWS_: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr):
-    return tiles.index(number % STAGES).reshape([ROWS_, COLS]).slice(HALF * (ROWS_ // 2), ROWS_ // 2, dim=0)
-
-
-@gluon.jit
 def _step(
-    number, last, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit, scale, mask_tables,
+    number, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit, scale, mask_tables,
     score_tables,
     MASKED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, S: gl.constexpr, O: gl.constexpr, P: gl.constexpr,
-    D_PAD: gl.constexpr, DV_PAD: gl.constexpr, GROUP: gl.constexpr, ANEW: gl.constexpr, FIRST: gl.constexpr,
+    D_PAD: gl.constexpr, DV_PAD: gl.constexpr, GROUP: gl.constexpr, ANEW: gl.constexpr,
 ):  # fmt: skip
-    s, acc, p, m, l = carry
+    """Scores and weights of tile `number`, while the weights before it meet their values.
+
+    ANEW: the address of the queries is made in every step, instead of kept in registers.
+    """
+    acc, p, m, l = carry
     q_tiles, k_tiles, v_tiles = buffers
     k_full, v_full = barriers[2], barriers[3]
-    N2: gl.constexpr = BLOCK_N // 2
-    dtype: gl.constexpr = k_tiles.dtype
-    q_tile = q_tiles.index(GROUP + (number >> 30)).reshape([ROWS, D_PAD])
+    slot, turn = number % STAGES, number // STAGES & 1
+    v_slot, v_turn = (number - 1) % STAGES, (number - 1) // STAGES & 1
+    mbarrier.wait(k_full.index(slot), turn)
+    q_at = GROUP
+    if ANEW:
+        q_at = GROUP + (number >> 30)  # plus 0, unknown to the compiler
+    q_tile = q_tiles.index(q_at).reshape([ROWS, D_PAD])
+    k_tile = k_tiles.index(slot).reshape([BLOCK_N, D_PAD])
+    s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(v_slot), v_turn)
+    v_tile = v_tiles.index(v_slot).reshape([BLOCK_N, DV_PAD])
+    adding = warpgroup_mma(unpacked(p, k_tiles.dtype, P), v_tile, acc, is_async=True)
     kv_start = gl.to_tensor(0)
     if MASKED or score_mod is not None:
-        kv_start = read_word(positions, number % STAGES)
-    k_half = _half(k_tiles, number, 1, BLOCK_N, D_PAD, STAGES)
-    scores = warpgroup_mma(q_tile, k_half.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if not FIRST:
-        v_half = _half(v_tiles, number - 1, 1, BLOCK_N, DV_PAD, STAGES)
-        adding = warpgroup_mma(unpacked(p, dtype, P), v_half, acc, is_async=True)
-    w, m, l, shrink = softmax(
+        kv_start = read_word(positions, slot)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    come(FIRST_BARRIER + slot, HANDOVER)
+    p, m, l, shrink = softmax(
         s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
-        MASKED, mask_mod, score_mod, N2, S,
+        MASKED, mask_mod, score_mod, BLOCK_N, S,
     )  # fmt: skip
-    if FIRST:
-        s2 = warpgroup_mma_wait(0, deps=(scores,))
-    else:
-        acc, s2 = warpgroup_mma_wait(0, deps=(adding, scores))
-        come(FIRST_BARRIER + STAGES + (number - 1) % STAGES, HANDOVER)
-    come(FIRST_BARRIER + number % STAGES, HANDOVER)
+    acc = warpgroup_mma_wait(0, deps=(adding,))
+    come(FIRST_BARRIER + STAGES + v_slot, HANDOVER)
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
-    p = packed(w, dtype)
-    following = gl.minimum(number + 1, last)
-    if number < last:
-        mbarrier.wait(k_full.index(following % STAGES), following // STAGES & 1)
-    k_half = _half(k_tiles, following, 0, BLOCK_N, D_PAD, STAGES)
-    scores = warpgroup_mma(q_tile, k_half.permute((1, 0)), zero, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(number % STAGES), number // STAGES & 1)
-    v_half = _half(v_tiles, number, 0, BLOCK_N, DV_PAD, STAGES)
-    adding = warpgroup_mma(unpacked(p, dtype, P), v_half, acc, is_async=True)
-    w, m, l, shrink = softmax(
-        s2, m, l, b, h, q_idx, kv_start + N2, kv_limit, scale, mask_tables, score_tables,
-        MASKED, mask_mod, score_mod, N2, S,
-    )  # fmt: skip
-    acc, s = warpgroup_mma_wait(0, deps=(adding, scores))
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
-    return s, acc, packed(w, dtype), m, l
+    return acc, packed(p, k_tiles.dtype), m, l
 
 
 @gluon.jit
@@ -234,7 +220,7 @@ def _consume(
     GROUP: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of consumers: rows `GROUP * ROWS` and on of each tile."""
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 2, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     # Where it was measured to be faster.
@@ -246,7 +232,7 @@ def _consume(
     q_full, q_empty, k_full, v_full = barriers
     q_len, q_limit, kv_limit = lengths
     q_tile = q_buffers.index(GROUP).reshape([ROWS, D_PAD])
-    zero = gl.zeros([ROWS, BLOCK_N // 2], gl.float32, S)
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
     taken = gl.to_tensor(0)
     with_keys = gl.to_tensor(0)
     done = gl.to_tensor(0)
@@ -270,42 +256,48 @@ def _consume(
             q_idx = gl.minimum(q_position, q_limit - 1)[:, None]
             slot, kv_turn = done % STAGES, done // STAGES & 1
             mbarrier.wait(q_full.index(GROUP), with_keys & 1)
-            last = done + count - 1
             mbarrier.wait(k_full.index(slot), kv_turn)
-            k_half = _half(k_buffers, done, 0, BLOCK_N, D_PAD, STAGES)
-            scores = warpgroup_mma(q_tile, k_half.permute((1, 0)), zero, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=(scores,))
-            none = packed(gl.zeros([ROWS, BLOCK_N // 2], gl.float32, S), dtype)
-            carry = s, acc, none, m, l
-            carry = _step(
-                done, last, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit,
-                scale, mask_tables, score_tables,
-                PARTIAL, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                D_PAD, DV_PAD, GROUP, ANEW, True,
+            k_tile = k_buffers.index(slot).reshape([BLOCK_N, D_PAD])
+            s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            kv_start = gl.to_tensor(0)
+            if PARTIAL or score_mod is not None:
+                kv_start = read_word(positions, slot)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            come(FIRST_BARRIER + slot, HANDOVER)
+            p, m, l, shrink = softmax(
+                s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables,
+                score_tables, PARTIAL, mask_mod, score_mod, BLOCK_N, S,
             )  # fmt: skip
+            carry = acc, packed(p, dtype), m, l
             if PARTIAL:
                 for number in range(done + 1, done + partial):
                     carry = _step(
-                        number, last, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit,
+                        number, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit,
                         scale, mask_tables, score_tables,
                         True, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                        D_PAD, DV_PAD, GROUP, ANEW, False,
+                        D_PAD, DV_PAD, GROUP, ANEW,
                     )  # fmt: skip
+                acc, p16, m, l = carry
+                if score_mod is None:
+                    # Plus 0, unknown to the assembler, which would copy weights in every step of
+                    # both loops to have them in the same registers.
+                    p16 += count >> 30
+                carry = acc, p16, m, l
             for number in range(done + gl.maximum(partial, 1), done + count):
                 carry = _step(
-                    number, last, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit,
+                    number, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit,
                     scale, mask_tables, score_tables,
                     False, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                    D_PAD, DV_PAD, GROUP, ANEW, False,
+                    D_PAD, DV_PAD, GROUP, ANEW,
                 )  # fmt: skip
-            s, acc, p16, m, l = carry
+            acc, p16, m, l = carry
             mbarrier.arrive(q_empty.index(GROUP), count=1)
             with_keys += 1
             done += count
             v_slot, v_turn = (done - 1) % STAGES, (done - 1) // STAGES & 1
             mbarrier.wait(v_full.index(v_slot), v_turn)
-            v_half = _half(v_buffers, done - 1, 1, BLOCK_N, DV_PAD, STAGES)
-            acc = warpgroup_mma(unpacked(p16, dtype, P), v_half, acc, is_async=True)
+            v_tile = v_buffers.index(v_slot).reshape([BLOCK_N, DV_PAD])
+            acc = warpgroup_mma(unpacked(p16, dtype, P), v_tile, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             come(FIRST_BARRIER + STAGES + v_slot, HANDOVER)
             l = gl.where(q_position < q_limit, l, 0.0)  # padding sees nothing
