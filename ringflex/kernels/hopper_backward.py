@@ -191,7 +191,7 @@ def _hidden(
 
 
 @gluon.jit
-def _scores(k_tile, buffers, q_full, number, zero, STAGES: gl.constexpr):
+def _begin_scores(k_tile, buffers, q_full, number, zero, STAGES: gl.constexpr):
     """Begins the scores of a tile of queries, by its number, once it is there."""
     slot = number % STAGES
     mbarrier.wait(q_full.index(slot), number // STAGES & 1)
@@ -200,7 +200,7 @@ def _scores(k_tile, buffers, q_full, number, zero, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _queries(
+def _begin_dq(
     buffers, number, here, zero,
     FIRST_ROW: gl.constexpr, FIRST_COLUMN: gl.constexpr, D_PAD: gl.constexpr,
 ):  # fmt: skip
@@ -218,7 +218,7 @@ def _queries(
 
 
 @gluon.jit
-def _stage(staged, part):
+def _stage_dq(staged, part):
     """Transposes that part into shared memory, once what was there has left."""
     tma.store_wait(0)
     staged.reshape([part.shape[1], part.shape[0]]).permute((1, 0)).store(part)
@@ -226,7 +226,7 @@ def _stage(staged, part):
 
 
 @gluon.jit
-def _add(
+def _add_dq(
     dq, staged, items, number, b,
     FIRST_ROW: gl.constexpr, FIRST_COLUMN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -284,7 +284,7 @@ def _consume(
         mbarrier.wait(kv_full.index(0), taken & 1)
         if count > 0:
             k_tile = k_buffers.index(GROUP).reshape([KEYS, D_PAD])
-            scores = _scores(k_tile, buffers, q_full, done, zero, STAGES)
+            scores = _begin_scores(k_tile, buffers, q_full, done, zero, STAGES)
             masked = read_word(items, done % (2 * STAGES) * ITEM_WORDS + 3)
             s = warpgroup_mma_wait(0, deps=(scores,))
             for number in range(done, done + count):
@@ -346,22 +346,22 @@ def _consume(
                 come(WRITTEN + number % 2, "256")
                 # dQ of the tile before; at the first, of no tile, for nothing.
                 before = number + DS_STAGES - 1
-                dq_part = _queries(buffers, before, here, zero_dq, FIRST_ROW, FIRST_COLUMN, D_PAD)
+                dq_part = _begin_dq(buffers, before, here, zero_dq, FIRST_ROW, FIRST_COLUMN, D_PAD)
                 adding_dk = warpgroup_mma(gl.convert_layout(ds, FOR_DK), q_tile, dk, is_async=True)
                 dv = warpgroup_mma_wait(3, deps=(adding_dv,))
                 come(FIRST_BARRIER + STAGES + slot, HANDOVER)
                 # The next scores; after the last tile, its own once more, for nothing.
                 following = gl.minimum(number + 1, done + count - 1)
                 if AHEAD:
-                    scores = _scores(k_tile, buffers, q_full, following, zero, STAGES)
+                    scores = _begin_scores(k_tile, buffers, q_full, following, zero, STAGES)
                     dq_part = warpgroup_mma_wait(2, deps=(dq_part,))
                 else:
                     dq_part = warpgroup_mma_wait(1, deps=(dq_part,))
-                _stage(dq_staged, dq_part * scale)
+                _stage_dq(dq_staged, dq_part * scale)
                 if number > done:
-                    _add(dq, dq_staged, items, number - 1, b, FIRST_ROW, FIRST_COLUMN, STAGES)
+                    _add_dq(dq, dq_staged, items, number - 1, b, FIRST_ROW, FIRST_COLUMN, STAGES)
                 if not AHEAD:
-                    scores = _scores(k_tile, buffers, q_full, following, zero, STAGES)
+                    scores = _begin_scores(k_tile, buffers, q_full, following, zero, STAGES)
                     # While they are under way, as a branch on it would wait.
                     masked = read_word(items, following % (2 * STAGES) * ITEM_WORDS + 3)
                 dk = warpgroup_mma_wait(1, deps=(adding_dk,))
@@ -369,10 +369,10 @@ def _consume(
                 come(FIRST_BARRIER + slot, HANDOVER)
             last = done + count - 1
             wait_for(THEIRS + last % 2, "256")
-            dq_part = _queries(buffers, last, 0, zero_dq, FIRST_ROW, FIRST_COLUMN, D_PAD)
+            dq_part = _begin_dq(buffers, last, 0, zero_dq, FIRST_ROW, FIRST_COLUMN, D_PAD)
             dq_part = warpgroup_mma_wait(0, deps=(dq_part,))
-            _stage(dq_staged, dq_part * scale)
-            _add(dq, dq_staged, items, last, b, FIRST_ROW, FIRST_COLUMN, STAGES)
+            _stage_dq(dq_staged, dq_part * scale)
+            _add_dq(dq, dq_staged, items, last, b, FIRST_ROW, FIRST_COLUMN, STAGES)
             done += count
         mbarrier.arrive(kv_empty.index(0), count=1)
         # Read only now: through the loop, it would take registers.
