@@ -77,11 +77,12 @@ def _load_list(
         write_word(items, item + 2, row)
         write_word(items, item + 3, 1 if MASKED else 0)
         mbarrier.expect(q_full.index(slot), q.block_type.nbytes + lse.block_type.nbytes)
-        tma_load(lse, [b, h, row, 0], q_full.index(slot), lse_rows.index(slot))
+        tma_load(lse, [terms + row], q_full.index(slot), lse_rows.index(slot))
         tma_load(q, [b, h, row, 0], q_full.index(slot), q_buffers.index(slot))
         if loaded >= STAGES:
             wait_for(FIRST_BARRIER + STAGES + slot, HANDOVER)
-        mbarrier.expect(dout_full.index(slot), dout.block_type.nbytes)
+        mbarrier.expect(dout_full.index(slot), dout.block_type.nbytes + delta.block_type.nbytes)
+        tma_load(delta, [terms + row], dout_full.index(slot), delta_rows.index(slot))
         tma_load(dout, [b, h, row, 0], dout_full.index(slot), dout_buffers.index(slot))
         loaded += 1
         tile, end, run, next_tile, next_end = following_tile(
@@ -190,14 +191,12 @@ def _hidden(
 
 
 @gluon.jit
-def _begin_scores(k_tile, buffers, q_full, number, zero, ones, STAGES: gl.constexpr):
+def _begin_scores(k_tile, buffers, q_full, number, zero, STAGES: gl.constexpr):
     """Begins the scores of a tile of queries, by its number, once it is there."""
     slot = number % STAGES
     mbarrier.wait(q_full.index(slot), number // STAGES & 1)
     q_tile = buffers[0].index(slot).reshape([zero.shape[1], k_tile.shape[1]])
-    scores = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    terms = buffers[4].index(slot).reshape([zero.shape[1], 16])
-    return warpgroup_mma(ones, terms.permute((1, 0)), scores, is_async=True)
+    return warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -271,22 +270,6 @@ def _consume(
     dq_staged = dq_buffers.index(GROUP)
     zero = gl.zeros([KEYS, BLOCK_M], gl.float32, S)
     zero_dq = gl.zeros([COLUMNS, ROWS], gl.float32, DQ)
-    ONES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])
-    column = gl.arange(0, 16, layout=gl.SliceLayout(0, ONES))[None, :] + gl.zeros([KEYS, 16], gl.int32, ONES)
-    c = 1 / (scale * LOG2E)
-    high = c.to(gl.bfloat16).to(gl.float32)
-    middle = (c - high).to(gl.bfloat16).to(gl.float32)
-    low = c - high - middle
-    # Queries have high, high, high, middle, middle, low of lse, then those of delta.
-    part = gl.where((column == 0) | (column == 3) | (column == 5), high, gl.where((column == 1) | (column == 4), middle, low))
-    ones = delta_rows.index(0).reshape([KEYS, 16])
-    if GROUP == 0:
-        ones.store(gl.where(column < 6, part, 0.0).to(gl.bfloat16))
-    other = delta_rows.index(1).reshape([KEYS, 16])
-    if GROUP == 0:
-        other.store(gl.where((column >= 6) & (column < 9), 1.0, 0.0).to(gl.bfloat16))
-    fence_async_shared()
-    wait_for(WRITTEN - 2 * GROUP, "256")
     taken = gl.to_tensor(0)
     done = gl.to_tensor(0)
     mbarrier.wait(words_full.index(0), 0)
@@ -301,7 +284,7 @@ def _consume(
         mbarrier.wait(kv_full.index(0), taken & 1)
         if count > 0:
             k_tile = k_buffers.index(GROUP).reshape([KEYS, D_PAD])
-            scores = _begin_scores(k_tile, buffers, q_full, done, zero, ones, STAGES)
+            scores = _begin_scores(k_tile, buffers, q_full, done, zero, STAGES)
             masked = read_word(items, done % (2 * STAGES) * ITEM_WORDS + 3)
             s = warpgroup_mma_wait(0, deps=(scores,))
             for number in range(done, done + count):
@@ -316,13 +299,11 @@ def _consume(
                 dp = warpgroup_mma(
                     v_tile, dout_tile.permute((1, 0)), zero, use_acc=False, is_async=True
                 )
-                terms = lse_rows.index(slot).reshape([BLOCK_M, 16])
-                dp = warpgroup_mma(delta_rows.index(here + 1).reshape([KEYS, 16]), terms.permute((1, 0)), dp, is_async=True)
                 item = number % (2 * STAGES) * ITEM_WORDS
                 h = read_word(items, item + 1)
-                ones = delta_rows.index(here).reshape([KEYS, 16])
+                lse_row = lse_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
                 if score_mod is None:
-                    p = gl.exp2(s * (scale * LOG2E))
+                    p = gl.exp2(s * (scale * LOG2E) - lse_row)
                 else:
                     s_raw = s * scale
                     q_start = read_word(items, item)
@@ -347,7 +328,8 @@ def _consume(
                     dp = warpgroup_mma_wait(1, deps=(dp,))
                 else:
                     dp = warpgroup_mma_wait(0, deps=(dp,))
-                ds = p * dp
+                delta_row = delta_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
+                ds = p * (dp - delta_row)
                 if score_grad is not None:
                     ds = score_grad(s_raw, ds, b, h, q_idx, at_kv, score_tables, into, HOW, 1)
                     ds = gl.where(p == 0, 0.0, ds)  # whatever the derivative is where it is hidden
@@ -371,18 +353,18 @@ def _consume(
                 # The next scores; after the last tile, its own once more, for nothing.
                 following = gl.minimum(number + 1, done + count - 1)
                 if AHEAD:
-                    scores = _begin_scores(k_tile, buffers, q_full, following, zero, ones, STAGES)
-                    dq_part = warpgroup_mma_wait(3, deps=(dq_part,))
+                    scores = _begin_scores(k_tile, buffers, q_full, following, zero, STAGES)
+                    dq_part = warpgroup_mma_wait(2, deps=(dq_part,))
                 else:
                     dq_part = warpgroup_mma_wait(1, deps=(dq_part,))
                 _stage_dq(dq_staged, dq_part * scale)
                 if number > done:
                     _add_dq(dq, dq_staged, items, number - 1, b, FIRST_ROW, FIRST_COLUMN, STAGES)
                 if not AHEAD:
-                    scores = _begin_scores(k_tile, buffers, q_full, following, zero, ones, STAGES)
+                    scores = _begin_scores(k_tile, buffers, q_full, following, zero, STAGES)
                     # While they are under way, as a branch on it would wait.
                     masked = read_word(items, following % (2 * STAGES) * ITEM_WORDS + 3)
-                dk = warpgroup_mma_wait(2, deps=(adding_dk,))
+                dk = warpgroup_mma_wait(1, deps=(adding_dk,))
                 s = warpgroup_mma_wait(0, deps=(scores,))
                 come(FIRST_BARRIER + slot, HANDOVER)
             last = done + count - 1
@@ -463,8 +445,8 @@ def hopper_backward_kernel(
     dout_buffers = gl.allocate_shared_memory(q.dtype, [STAGES] + dout.block_type.shape, dout.layout)
     k_buffers = gl.allocate_shared_memory(q.dtype, [GROUPS] + k.block_type.shape, k.layout)
     v_buffers = gl.allocate_shared_memory(q.dtype, [GROUPS] + v.block_type.shape, v.layout)
-    lse_rows = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + lse.block_type.shape, lse.layout)
-    ones = gl.allocate_shared_memory(gl.bfloat16, [2, KEYS, 16], gl.NVMMASharedLayout.get_default_for([KEYS, 16], gl.bfloat16))
+    lse_rows = gl.allocate_shared_memory(gl.float32, [STAGES] + lse.block_type.shape, lse.layout)
+    delta_rows = gl.allocate_shared_memory(gl.float32, [STAGES] + lse.block_type.shape, lse.layout)
     ds_buffers = gl.allocate_shared_memory(q.dtype, [DS_STAGES * GROUPS, KEYS, BLOCK_M], DS_LAYOUT)
     dq_buffers = gl.allocate_shared_memory(gl.float32, [GROUPS] + dq.block_type.shape, dq.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
@@ -487,7 +469,7 @@ def hopper_backward_kernel(
         mbarrier.init(words_full.index(i), count=1)
         mbarrier.init(words_empty.index(i), count=GROUPS)
     shared = (
-        (q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, ones, ds_buffers,
+        (q_buffers, dout_buffers, k_buffers, v_buffers, lse_rows, delta_rows, ds_buffers,
          dq_buffers),
         (q_full, dout_full, kv_full, kv_empty),
         (counters, words, words_full, words_empty), items,
