@@ -9,4 +9,4 @@ workers=2
 if nvidia-smi -L >/dev/null 2>&1; then
     workers=0
 fi
-exec .venv/bin/python -m pytest -n $workers --dist loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest -n $workers --dist loadfile "$@"
