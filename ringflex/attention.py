@@ -52,7 +52,8 @@ def flex_attention(
 
     Args:
         query: `[B, Hq, Sq, D]`; bf16, fp16, fp32 or fp64; any strides.
-        key: `[B, Hkv, Skv, D]`. value: `[B, Hkv, Skv, Dv]`.
+        key: `[B, Hkv, Skv, D]`. value: `[B, Hkv, Skv, Dv]`. Without a plan, both may have a batch
+            size of 1, as paged caches have: all sequences of the batch share them.
         score_mod: `score_mod(score, b, h, q_idx, kv_idx) -> score`; tensors that it captures get
             gradients. It is traced once for the same code and kind of captured values.
         block_mask: ringflex's or torch's BlockMask, a `Plan`, or None: everything is visible.
@@ -76,6 +77,8 @@ def flex_attention(
     Raises:
         TypeError, ValueError, NotImplementedError: on every rank, before the first transfer.
     """
+    if not isinstance(block_mask, Plan):
+        key, value = _of_all_sequences(query, key, value)
     comm = block_mask.comm if isinstance(block_mask, Plan) and block_mask.world_size > 1 else None
     error: Exception | None = None
     try:
@@ -106,6 +109,15 @@ def flex_attention(
     if return_aux is not None:
         return out, AuxOutput(lse=lse if return_aux.lse else None)
     return (out, lse) if return_lse else out
+
+
+def _of_all_sequences(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value, viewed for each sequence of the batch if all share them."""
+    if not all(isinstance(x, Tensor) and x.ndim == 4 for x in (query, key, value)):
+        return key, value  # to be refused
+    if key.shape[0] != 1 or value.shape[0] != 1:
+        return key, value
+    return key.expand(query.shape[0], -1, -1, -1), value.expand(query.shape[0], -1, -1, -1)
 
 
 @functools.lru_cache(maxsize=64)

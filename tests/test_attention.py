@@ -134,6 +134,45 @@ def test_queries_and_keys_of_different_lengths() -> None:
             assert all(bool(g.isfinite().all()) and bool(g.any()) for g in gradients)
 
 
+def test_pages_of_keys_and_values() -> None:
+    """A cache that sequences share, by torch's page table: blocks in the order of their pages."""
+    paging = pytest.importorskip("torch.nn.attention.experimental._paged_attention")
+    B, S, page = 3, 150, 32
+    lengths = torch.tensor([150, 40, 97])
+    table = paging.PagedAttention(24, page, B, device="cpu")
+    for tokens in (64, S):  # in turns, so that a sequence's pages are apart
+        for b in range(B):
+            table.reserve(torch.tensor(b), torch.tensor(tokens))
+    q, k, v = (torch.randn(B, h, S, 16, dtype=torch.float64) for h in (4, 2, 2))
+    keys, values = (torch.full((1, 2, 24 * page, 16), 1e3).double() for _ in range(2))
+    table.assign(torch.arange(B), torch.arange(S).expand(B, S), k, v, keys, values)
+    logical = torch_create_block_mask(
+        lambda b, h, i, j: i >= j, B, None, S, S, device="cpu", BLOCK_SIZE=page
+    )
+    physical = table.convert_logical_block_mask(logical, kv_len=lengths)
+    distance = lambda s, b, h, i, j: s - 0.1 * (i - j)
+    found = rf.flex_attention(
+        q, keys, values, table.get_score_mod(distance, kv_len=lengths), physical, enable_gqa=True
+    )
+    mask = rf.create_block_mask(
+        lambda b, h, i, j: (i >= j) & (j < lengths[b]), B, None, S, S, BLOCK_SIZE=page
+    )
+    expected = rf.flex_attention(q, k, v, distance, mask, enable_gqa=True)
+    torch.testing.assert_close(found, expected, **SAME)
+
+
+def test_sequences_may_share_keys_and_values() -> None:
+    q = torch.randn(3, 4, 20, 8, dtype=torch.float64)
+    k, v = (torch.randn(1, 4, 30, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    shared = rf.flex_attention(q, k, v)
+    each = rf.flex_attention(q, *(x.expand(3, -1, -1, -1) for x in (k, v)))
+    assert torch.equal(shared, each)
+    for found, expected in zip(*(torch.autograd.grad(x.sum(), (k, v)) for x in (shared, each))):
+        assert torch.equal(found, expected) and found.shape[0] == 1
+    with pytest.raises(ValueError, match="one batch size"):
+        rf.flex_attention(q, k, v.expand(3, -1, -1, -1))
+
+
 def test_no_block_mask_is_full_attention() -> None:
     q = torch.randn(2, 4, 45, 8, dtype=torch.float64, requires_grad=True)
     k = torch.randn(2, 4, 77, 8, dtype=torch.float64, requires_grad=True)
