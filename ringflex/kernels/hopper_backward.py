@@ -38,18 +38,22 @@ from ringflex.kernels.hopper_common import (
     take,
     write_word,
 )
-from ringflex.kernels.hopper_intrinsics import come, tma_add, tma_load, wait_for
+from ringflex.kernels.hopper_intrinsics import come, tma_load, wait_for
+from ringflex.kernels.hopper_queries import (
+    DS_STAGES,
+    GROUPS,
+    ITEM_WORDS,
+    KEYS,
+    add_dq,
+    begin_dq,
+    stage_dq,
+)
 from ringflex.kernels.triton_common import (
     LOG2E,
     first_tile,
     following_tile,
     position_of,
 )
-
-KEYS = gl.constexpr(64)  # per warpgroup
-GROUPS = gl.constexpr(2)
-DS_STAGES = gl.constexpr(3)  # of dS: a tile's, the last one's, and what the other group still reads
-ITEM_WORDS = gl.constexpr(4)  # of a tile of queries: position, head, start, whether it is masked
 
 
 @gluon.jit
@@ -200,43 +204,6 @@ def _begin_scores(k_tile, buffers, q_full, number, zero, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _begin_dq(
-    buffers, number, here, zero,
-    FIRST_ROW: gl.constexpr, FIRST_COLUMN: gl.constexpr, D_PAD: gl.constexpr,
-):  # fmt: skip
-    """Begins a group's part of dQ, transposed, from both groups' dS of a tile."""
-    k_buffers, ds_buffers = buffers[2], buffers[6]
-    COLUMNS: gl.constexpr = zero.shape[0]
-    ROWS: gl.constexpr = zero.shape[1]
-    k_first = k_buffers.index(here).reshape([KEYS, D_PAD]).slice(FIRST_COLUMN, COLUMNS, dim=1)
-    k_second = k_buffers.index(here + 1).reshape([KEYS, D_PAD]).slice(FIRST_COLUMN, COLUMNS, dim=1)
-    first = number % DS_STAGES * GROUPS
-    ds_first = ds_buffers.index(first).slice(FIRST_ROW, ROWS, dim=1)
-    ds_second = ds_buffers.index(first + 1).slice(FIRST_ROW, ROWS, dim=1)
-    part = warpgroup_mma(k_first.permute((1, 0)), ds_first, zero, use_acc=False, is_async=True)
-    return warpgroup_mma(k_second.permute((1, 0)), ds_second, part, is_async=True)
-
-
-@gluon.jit
-def _stage_dq(staged, part):
-    """Transposes that part into shared memory, once what was there has left."""
-    tma.store_wait(0)
-    staged.reshape([part.shape[1], part.shape[0]]).permute((1, 0)).store(part)
-    fence_async_shared()
-
-
-@gluon.jit
-def _add_dq(
-    dq, staged, items, number, b,
-    FIRST_ROW: gl.constexpr, FIRST_COLUMN: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Adds that part to dQ of a tile of queries, by its number."""
-    item = number % (2 * STAGES) * ITEM_WORDS
-    h, row = read_word(items, item + 1), read_word(items, item + 2)
-    tma_add(dq, [b, h, row + FIRST_ROW, FIRST_COLUMN], staged)
-
-
-@gluon.jit
 def _consume(
     q, dq, results, shared, lengths, heads, group, score_tables, mask_tables, into, scale,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
@@ -346,7 +313,7 @@ def _consume(
                 come(WRITTEN + number % 2, "256")
                 # dQ of the tile before; at the first, of no tile, for nothing.
                 before = number + DS_STAGES - 1
-                dq_part = _begin_dq(buffers, before, here, zero_dq, FIRST_ROW, FIRST_COLUMN, D_PAD)
+                dq_part = begin_dq(buffers, before, here, zero_dq, FIRST_ROW, FIRST_COLUMN, D_PAD)
                 adding_dk = warpgroup_mma(gl.convert_layout(ds, FOR_DK), q_tile, dk, is_async=True)
                 dv = warpgroup_mma_wait(3, deps=(adding_dv,))
                 come(FIRST_BARRIER + STAGES + slot, HANDOVER)
@@ -357,9 +324,9 @@ def _consume(
                     dq_part = warpgroup_mma_wait(2, deps=(dq_part,))
                 else:
                     dq_part = warpgroup_mma_wait(1, deps=(dq_part,))
-                _stage_dq(dq_staged, dq_part * scale)
+                stage_dq(dq_staged, dq_part * scale)
                 if number > done:
-                    _add_dq(dq, dq_staged, items, number - 1, b, FIRST_ROW, FIRST_COLUMN, STAGES)
+                    add_dq(dq, dq_staged, items, number - 1, b, FIRST_ROW, FIRST_COLUMN, STAGES)
                 if not AHEAD:
                     scores = _begin_scores(k_tile, buffers, q_full, following, zero, STAGES)
                     # While they are under way, as a branch on it would wait.
@@ -369,10 +336,10 @@ def _consume(
                 come(FIRST_BARRIER + slot, HANDOVER)
             last = done + count - 1
             wait_for(THEIRS + last % 2, "256")
-            dq_part = _begin_dq(buffers, last, 0, zero_dq, FIRST_ROW, FIRST_COLUMN, D_PAD)
+            dq_part = begin_dq(buffers, last, 0, zero_dq, FIRST_ROW, FIRST_COLUMN, D_PAD)
             dq_part = warpgroup_mma_wait(0, deps=(dq_part,))
-            _stage_dq(dq_staged, dq_part * scale)
-            _add_dq(dq, dq_staged, items, last, b, FIRST_ROW, FIRST_COLUMN, STAGES)
+            stage_dq(dq_staged, dq_part * scale)
+            add_dq(dq, dq_staged, items, last, b, FIRST_ROW, FIRST_COLUMN, STAGES)
             done += count
         mbarrier.arrive(kv_empty.index(0), count=1)
         # Read only now: through the loop, it would take registers.
