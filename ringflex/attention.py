@@ -115,7 +115,7 @@ def _of_all_sequences(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
     """Key and value, viewed for each sequence of the batch if all share them."""
     if not all(isinstance(x, Tensor) and x.ndim == 4 for x in (query, key, value)):
         return key, value  # to be refused
-    if key.shape[0] != 1 or value.shape[0] != 1:
+    if not key.shape[0] == value.shape[0] == 1 < query.shape[0]:
         return key, value
     return key.expand(query.shape[0], -1, -1, -1), value.expand(query.shape[0], -1, -1, -1)
 

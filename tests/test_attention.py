@@ -26,6 +26,7 @@ from attention_cases import (
     reference,
     tensors,
 )
+from ringflex.attention import _of_all_sequences
 
 SAME = {"rtol": 1e-9, "atol": 1e-12}  # of fp64 results that differ by rounding only
 
@@ -171,6 +172,8 @@ def test_sequences_may_share_keys_and_values() -> None:
         assert torch.equal(found, expected) and found.shape[0] == 1
     with pytest.raises(ValueError, match="one batch size"):
         rf.flex_attention(q, k, v.expand(3, -1, -1, -1))
+    of_one = _of_all_sequences(q[:1], k, v)  # a view would cost each call some microseconds
+    assert of_one[0] is k and of_one[1] is v
 
 
 def test_no_block_mask_is_full_attention() -> None:
