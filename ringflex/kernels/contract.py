@@ -3,7 +3,7 @@
 A kernel is a module with
 
     forward(q, k, v, mask, score, scale, before, after, options, stage, running, beside)
-    row_terms(dout, out, lse, dlse, mask, options) -> terms
+    row_terms(dout, out, lse, dlse, mask, score, scale, options) -> terms
     backward(dout, q, k, v, terms, mask, score, scale, gradients, options)
     has_separate_passes(q, v, options) -> bool
     may_overlap: bool
@@ -66,6 +66,9 @@ class Gradients:
         stage, running_q: as in `forward`, for dq; running_q is in the compute dtype. running_q
             without a stage, of a kernel without separate passes: dQ is added to it, and dq left.
         beside: as in `forward`.
+        half: 0 or 1, of a kernel whose calls may overlap: dk and dv of about half of the keys, and
+            what these add to dq. Transfers soon find room beside the second. The first call takes
+            all where the kernel cannot part them, or where transfers find room beside it as well.
     """
 
     dq: Tensor | None
@@ -75,6 +78,7 @@ class Gradients:
     stage: Stage | None = None
     running_q: Tensor | None = None
     beside: bool = False
+    half: int | None = None
 
 
 class Tile(NamedTuple):

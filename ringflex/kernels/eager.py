@@ -117,6 +117,8 @@ def row_terms(
     lse: Tensor,
     dlse: Tensor | None,
     mask: BlockMask,
+    score: TracedMod | None,
+    scale: float,
     options: KernelOptions,
 ) -> RowTerms:
     """See `contract`."""

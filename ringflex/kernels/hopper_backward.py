@@ -207,7 +207,7 @@ def _begin_scores(k_tile, buffers, q_full, number, zero, STAGES: gl.constexpr):
 def _consume(
     q, dq, results, shared, lengths, heads, group, score_tables, mask_tables, into, scale,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
-    PARTIAL: gl.constexpr, APART: gl.constexpr, BLOCK_M: gl.constexpr,
+    PARTIAL: gl.constexpr, APART: gl.constexpr, SCALED: gl.constexpr, BLOCK_M: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -224,6 +224,7 @@ def _consume(
     FOR_DV: gl.constexpr = gl.DotOperandLayout(0, DV_, 2)
     EARLY: gl.constexpr = score_mod is None and BLOCK_M == 64  # dV before dS: registers suffice
     AHEAD: gl.constexpr = BLOCK_M == 128  # the next scores before dQ is stored, by measurement
+    FROM_DELTA: gl.constexpr = PARTIAL and score_mod is None  # dP less delta, by measurement
     WRITTEN: gl.constexpr = FIRST_BARRIER + 2 * STAGES + 2 * GROUP  # dS of this group, by parity
     THEIRS: gl.constexpr = FIRST_BARRIER + 2 * STAGES + 2 * (1 - GROUP)  # and of the other
     dtype: gl.constexpr = q.dtype
@@ -263,9 +264,15 @@ def _consume(
                 q_tile = q_buffers.index(slot).reshape([BLOCK_M, D_PAD])
                 mbarrier.wait(dout_full.index(slot), turn)
                 dout_tile = dout_buffers.index(slot).reshape([BLOCK_M, DV_PAD])
-                dp = warpgroup_mma(
-                    v_tile, dout_tile.permute((1, 0)), zero, use_acc=False, is_async=True
-                )
+                if FROM_DELTA:
+                    delta_row = delta_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
+                    dp = warpgroup_mma(
+                        v_tile, dout_tile.permute((1, 0)), zero - delta_row, is_async=True
+                    )
+                else:
+                    dp = warpgroup_mma(
+                        v_tile, dout_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+                    )
                 item = number % (2 * STAGES) * ITEM_WORDS
                 h = read_word(items, item + 1)
                 lse_row = lse_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
@@ -295,8 +302,9 @@ def _consume(
                     dp = warpgroup_mma_wait(1, deps=(dp,))
                 else:
                     dp = warpgroup_mma_wait(0, deps=(dp,))
-                delta_row = delta_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
-                ds = p * (dp - delta_row)
+                if not FROM_DELTA:
+                    dp -= delta_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
+                ds = p * dp
                 if score_grad is not None:
                     ds = score_grad(s_raw, ds, b, h, q_idx, at_kv, score_tables, into, HOW, 1)
                     ds = gl.where(p == 0, 0.0, ds)  # whatever the derivative is where it is hidden
@@ -324,7 +332,7 @@ def _consume(
                     dq_part = warpgroup_mma_wait(2, deps=(dq_part,))
                 else:
                     dq_part = warpgroup_mma_wait(1, deps=(dq_part,))
-                stage_dq(dq_staged, dq_part * scale)
+                stage_dq(dq_staged, dq_part if SCALED else dq_part * scale)
                 if number > done:
                     add_dq(dq, dq_staged, items, number - 1, b, FIRST_ROW, FIRST_COLUMN, STAGES)
                 if not AHEAD:
@@ -338,7 +346,7 @@ def _consume(
             wait_for(THEIRS + last % 2, "256")
             dq_part = begin_dq(buffers, last, 0, zero_dq, FIRST_ROW, FIRST_COLUMN, D_PAD)
             dq_part = warpgroup_mma_wait(0, deps=(dq_part,))
-            stage_dq(dq_staged, dq_part * scale)
+            stage_dq(dq_staged, dq_part if SCALED else dq_part * scale)
             add_dq(dq, dq_staged, items, last, b, FIRST_ROW, FIRST_COLUMN, STAGES)
             done += count
         mbarrier.arrive(kv_empty.index(0), count=1)
@@ -349,7 +357,11 @@ def _consume(
         mbarrier.arrive(words_empty.index(slot), count=1)
         taken += 1
         b, kv_head = head // heads, head % heads // group
-        _write(dk_out, dk * scale, b, kv_head, start, kv_len, APART, D, D_PAD, DK)
+        if SCALED:
+            dv = dv * (1 / scale)
+        else:
+            dk = dk * scale
+        _write(dk_out, dk, b, kv_head, start, kv_len, APART, D, D_PAD, DK)
         _write(dv_out, dv, b, kv_head, start, kv_len, APART, DV, DV_PAD, DV_)
         slot = taken % 2
         mbarrier.wait(words_full.index(slot), taken // 2 & 1)
@@ -391,7 +403,7 @@ def hopper_backward_kernel(
     row_stride_b, row_stride_h, order_stride_b, order_stride_h, blocks, kv_stride_b, together,
     units, sections, quota, spread,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
-    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr, APART: gl.constexpr,
+    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr, APART: gl.constexpr, SCALED: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -402,10 +414,10 @@ def hopper_backward_kernel(
     lse, delta: the row terms, flat, by descriptors of `[BLOCK_M]`. dq: fp32, contiguous, zeros at
     first, by a descriptor of a group's half of a tile. dk, dv: (pointer, strides).
     members: query heads that a tile serves, one after the other; APART: fewer than a group has, or
-    a stretch of their queries, so that dk, dv are fp32, and zeros at first. places: in `order`;
-    blocks: of keys. counters, together, units (heads / members, of all
-    batch elements), sections: as in `hopper_forward_kernel`. The rest as in
-    `triton_backward.key_kernel`.
+    a stretch of their queries, so that dk, dv are fp32, and zeros at first. SCALED: weights of
+    these row terms are `scale` times p. places: in `order`; blocks: of keys. counters, together,
+    units (heads / members, of all batch elements), sections: as in `hopper_forward_kernel`. The
+    rest as in `triton_backward.key_kernel`.
     """
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_M], q.dtype)
     q_buffers = gl.allocate_shared_memory(q.dtype, [STAGES] + q.block_type.shape, q.layout)
@@ -452,12 +464,12 @@ def hopper_backward_kernel(
         [
             (_consume, (
                 q, dq, (dk, dv), shared, lengths, heads, group, score_tables, mask_tables, into,
-                scale, mask_mod, score_mod, score_grad, HOW, PARTIAL, APART, BLOCK_M,
+                scale, mask_mod, score_mod, score_grad, HOW, PARTIAL, APART, SCALED, BLOCK_M,
                 D, D_PAD, DV, DV_PAD, STAGES, 0,
             )),
             (_consume, (
                 q, dq, (dk, dv), shared, lengths, heads, group, score_tables, mask_tables, into,
-                scale, mask_mod, score_mod, score_grad, HOW, PARTIAL, APART, BLOCK_M,
+                scale, mask_mod, score_mod, score_grad, HOW, PARTIAL, APART, SCALED, BLOCK_M,
                 D, D_PAD, DV, DV_PAD, STAGES, 1,
             )),
             (_produce, (

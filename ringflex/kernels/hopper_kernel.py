@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ringflex.kernels import triton_kernel
-from ringflex.kernels.block_lists import key_lists, query_lists
+from ringflex.kernels.block_lists import BlockLists, half_of, key_lists, query_lists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
 from ringflex.kernels.hopper_backward import hopper_backward_kernel
 from ringflex.kernels.hopper_forward import hopper_forward_kernel
@@ -28,18 +28,14 @@ from ringflex.kernels.hopper_launch import (
     described,
     described_flat,
     in_sections,
+    is_short,
     l2_cache,
     multiprocessors,
     queue,
 )
 from ringflex.kernels.mod_tables import gradient_arguments
 from ringflex.kernels.stages import Stage
-from ringflex.kernels.triton_kernel import (
-    RowTerms,
-    round_queries,
-    row_terms,
-    sum_of_queries,
-)
+from ringflex.kernels.triton_kernel import RowTerms, round_queries, sum_of_queries
 from ringflex.kernels.triton_launch import Prepared
 from ringflex.kernels.triton_math import ADD, unchanged
 from ringflex.kernels.triton_merge import Merge
@@ -59,6 +55,8 @@ _REGISTERS = (240, 24)  # per thread of the consumers and the producer
 _LARGEST_BACKWARD_DIM = 128
 _EVEN = 0.75  # mean work of rows over the longest's, from which on heads of a group stay together
 _FEW, _MANY = 0.5, 10  # tiles of keys per multiprocessor
+_FORWARD_LIFE, _BACKWARD_LIFE = 1e10, 5e9  # FLOP of a program: about 2 ms and 1 ms
+_GENERATIONS = 4  # of programs, in the second half of a backward
 _KEPT = 0.75  # of the L2 cache, what programs may walk out of step
 
 
@@ -98,7 +96,9 @@ def forward(
         stages = 4 if max(D, Dv) <= 64 else 2
         per_block = _STAYS * mask.block_size[1] * 2 * (D + Dv)  # FLOP
         flops = float(lists.work.sum()) * heads * tiles_m * per_block
-        programs, *quota = queue(heads * lists.places * tiles_m, flops, q.device, beside)
+        programs, *quota = queue(
+            heads * lists.places * tiles_m, flops, q.device, beside, _FORWARD_LIFE
+        )
         ready = Prepared(
             hopper_forward_kernel,
             (programs, 1, 1),
@@ -122,10 +122,26 @@ def forward(
     )  # fmt: skip
 
 
+def row_terms(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    mask: BlockMask,
+    score: TracedMod | None,
+    scale: float,
+    options: KernelOptions,
+) -> RowTerms:
+    """See `contract`. Weights times the scale, of which dQ and dK need not be multiplied by it, if
+    there is no score mod; in fp16, small ones would lose bits."""
+    scaled = score is None and scale > 0 and dout.dtype == torch.bfloat16
+    factor = scale if scaled and not _portable(options) else 1.0
+    return triton_kernel.row_terms(dout, out, lse, dlse, mask, score, scale, options, factor)
+
+
 def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions) -> bool:
     """See `contract`."""
-    asked_for = options.deterministic or options.backward == "two_pass" or _by_hand(options)
-    return asked_for or max(q.shape[3], v.shape[3]) > _LARGEST_BACKWARD_DIM
+    return _portable(options) or max(q.shape[3], v.shape[3]) > _LARGEST_BACKWARD_DIM
 
 
 def backward(
@@ -143,6 +159,7 @@ def backward(
     """See `contract`."""
     g = gradients
     if has_separate_passes(q, v, options):
+        terms = _without_factor(terms)
         triton_kernel.backward(dout, q, k, v, terms, mask, score, scale, g, options)
         return
     assert g.dq is not None and g.dk is not None and g.dv is not None
@@ -155,14 +172,20 @@ def backward(
     if few or many or not setup.describable or alignment(q, k, v, dout):
         if g.running_q is not None:  # which is added to, as it may be by other calls meanwhile
             options = replace(options, backward="one_pass")
+        terms = _without_factor(terms)
         triton_kernel.backward(dout, q, k, v, terms, mask, score, scale, g, options)
         return
     mod = score_mod(score, q.device, options)
     wanted = () if mod is None else mod.wanted([d is not None for d in g.dcaptures])
     pairs = [] if mod is None else accumulators(mod, wanted)
+    # Programs of a short one stay to the end, which is faster, though transfers wait for it.
+    short = g.beside and _is_short(setup, q.device)
+    beside, half = g.beside and not short, g.half if short else None
+    if g.half == 1 and half is None:
+        return
     dq = sum_of_queries(g)
-    members = _heads_of_a_tile(setup, q.device, tiles if g.beside else None)
-    stretches = _stretches(setup, q.device, g.beside)
+    members = _heads_of_a_tile(setup, q.device, tiles if beside else None)
+    stretches = _stretches(setup, q.device, beside)
     if stretches > 1:
         members = 1
     apart = members < setup.group or stretches > 1
@@ -171,18 +194,22 @@ def backward(
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_m = 128 if max(D, Dv) <= 64 and mod is None else 64  # what registers allow
     key = (
-        "hopper backward", g.beside, kind_of(mod), score_function, dout.stride(), dk.dtype,
-        dk.stride(), dv.stride(), tuple(wanted), alignment(dk, dv),
+        "hopper backward", beside, half, kind_of(mod), score_function, dout.stride(), dk.dtype,
+        dk.stride(), dv.stride(), tuple(wanted), alignment(dk, dv), terms.factor == 1,
     )  # fmt: skip
     ready = setup.prepared.get(key)
     if ready is None:
         lists = key_lists(mask, members, q.device, descending=True, stretches=stretches)
+        if half is not None:
+            lists = half_of(lists, half)
+            if not lists.places:
+                return
         units = setup.batch * setup.heads // members
         tiles_m, tiles_n = mask.block_size[0] // block_m, mask.block_size[1] // _STAYS
         lists, sections = in_sections(lists, tiles_n, units, q.device, backwards=False)
-        per_block = mask.block_size[0] * _STAYS * (6 * D + 4 * Dv)  # FLOP
-        flops = float(lists.work.sum()) * units * members * tiles_n * per_block
-        programs, *quota = queue(units * lists.places * tiles_n, flops, q.device, g.beside)
+        total, flops = units * lists.places * tiles_n, _backward_flops(setup, lists)
+        generations = _GENERATIONS if half == 1 else 0
+        programs, *quota = queue(total, flops, q.device, beside, _BACKWARD_LIFE, generations)
         score_gradient = None
         if mod is not None:
             score_gradient = mod.gradient(wanted or [False] * len(mod.tables))
@@ -197,7 +224,7 @@ def backward(
             ),
             (
                 setup.mask_mod.function, score_function, score_gradient, ADD.value,
-                setup.has_partial(lists), setup.positions.kv_in_order, apart,
+                setup.has_partial(lists), setup.positions.kv_in_order, apart, terms.factor != 1,
                 block_m, tiles_m, tiles_n, D, D_PAD, Dv, DV_PAD, 2, *_REGISTERS,
             ),
             Tile(block_m, _STAYS, 4, 2),
@@ -205,7 +232,7 @@ def backward(
         setup.keep(key, ready)
     ready(
         described(q, block_m, D_PAD), described(k, _GROUP, D_PAD), described(v, _GROUP, DV_PAD),
-        described(dout, block_m, DV_PAD), *(described_flat(x, block_m) for x in terms),
+        described(dout, block_m, DV_PAD), *(described_flat(x, block_m) for x in terms[:2]),
         described(dq, block_m * D_PAD // (2 * _GROUP), _GROUP), strided(dk), strided(dv),
         counters(q.device), () if mod is None else mod.arguments, gradient_arguments(pairs), scale,
     )  # fmt: skip
@@ -256,6 +283,23 @@ def _stretches(setup: Setup, device: torch.device, beside: bool) -> int:
     return stretches
 
 
+def _is_short(setup: Setup, device: torch.device) -> bool:
+    """Whether a backward takes a few milliseconds only. Kept on the mask."""
+    mask = setup.mask
+    key = ("short", setup.batch, setup.heads, setup.dims, device)
+    if key not in mask.cache:
+        lists = key_lists(mask, setup.group, device, descending=True)
+        mask.cache[key] = is_short(_backward_flops(setup, lists), device)
+    short: bool = mask.cache[key]
+    return short
+
+
+def _backward_flops(setup: Setup, lists: BlockLists) -> float:
+    per_pair = 6 * setup.dims[0] + 4 * setup.dims[2]
+    pairs = float(lists.work.sum()) * math.prod(setup.mask.block_size)  # of a head
+    return pairs * setup.batch * setup.heads * per_pair
+
+
 def _walked(setup: Setup, device: torch.device) -> float:
     """Bytes that a tile of keys reads of a head; the mean, by work."""
     work = key_lists(setup.mask, setup.group, device, descending=True).work
@@ -272,7 +316,8 @@ def _sums_of_keys(g: Gradients) -> tuple[Tensor, Tensor]:
     """Where heads of a group, or stretches of queries, add dK and dV, in fp32."""
     assert g.dk is not None and g.dv is not None
     if g.dk.dtype == torch.float32:
-        return g.dk.zero_(), g.dv.zero_()
+        return (g.dk, g.dv) if g.half == 1 else (g.dk.zero_(), g.dv.zero_())
+    assert g.half is None  # it would be lost in between
     sizes = g.dk.numel(), g.dv.numel()
     dk, dv = torch.zeros(sum(sizes), dtype=torch.float32, device=g.dk.device).split(sizes)
     return dk.view(g.dk.shape), dv.view(g.dv.shape)
@@ -280,6 +325,17 @@ def _sums_of_keys(g: Gradients) -> tuple[Tensor, Tensor]:
 
 def _by_hand(options: KernelOptions) -> bool:
     return bool(options.tiles) or options.tune
+
+
+def _portable(options: KernelOptions) -> bool:
+    """Whether the portable kernels are asked for, for the backward."""
+    return options.deterministic or options.backward == "two_pass" or _by_hand(options)
+
+
+def _without_factor(terms: RowTerms) -> RowTerms:
+    if terms.factor == 1:
+        return terms
+    return RowTerms(terms.lse_log2 + math.log2(terms.factor), terms.delta)
 
 
 def _dims(setup: Setup) -> tuple[int, int, int, int]:

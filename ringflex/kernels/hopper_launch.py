@@ -14,7 +14,7 @@ from ringflex.kernels.block_lists import BlockLists
 from ringflex.kernels.device_arrays import to_device
 
 _COUNTERS = 2048  # launches that may be under way at once
-_LIFE = 1e10  # FLOP of a program: about 2 ms
+_SHORT = 2e10  # FLOP of a launch, for each multiprocessor: about 4 ms
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 _FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
@@ -73,19 +73,30 @@ def in_sections(
     return lists, moved[order.size + aligned :]
 
 
-def queue(tiles: int, flops: float, device: torch.device, beside: bool) -> tuple[int, int, int]:
+def queue(
+    tiles: int,
+    flops: float,
+    device: torch.device,
+    beside: bool,
+    life: float,
+    generations: int = 0,
+) -> tuple[int, int, int]:
     """How many programs to launch, and how many tiles each may take: of program i, the second
     number + i modulo the third.
 
     Args:
         tiles, flops: in all.
+        life: FLOP of a program that ends early.
         beside: other kernels may need multiprocessors meanwhile, as transfers do. So programs of a
             long launch end at any time, and others take their place. A short one would take up to
             5% longer by that.
+        generations: of programs, that many at least, also of a short launch.
     """
     at_once = multiprocessors(device)
-    mean = max(1, round(_LIFE * tiles / max(flops, 1.0)))
-    if not beside or tiles <= 2 * mean * at_once:
+    mean = max(1, round(life * tiles / max(flops, 1.0)))
+    if generations:
+        mean = max(1, min(mean, tiles // (generations * at_once)))
+    elif not beside or tiles <= 2 * mean * at_once:
         return min(tiles, at_once), 1 << 30, 1
     if mean == 1:
         return tiles, 1, 1
@@ -94,6 +105,11 @@ def queue(tiles: int, flops: float, device: torch.device, beside: bool) -> tuple
     rounds, rest = divmod(tiles + at_once * mean, mean * spread)
     more = int(np.searchsorted(np.cumsum(np.arange(1, spread + 1)), rest)) + 1
     return rounds * spread + more, 1, spread
+
+
+def is_short(flops: float, device: torch.device) -> bool:
+    """Of a launch: about 4 ms at most."""
+    return flops <= _SHORT * multiprocessors(device)
 
 
 @functools.cache

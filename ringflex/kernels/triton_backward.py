@@ -34,10 +34,11 @@ from ringflex.kernels.triton_math import LARGEST
 
 @triton.jit(do_not_specialize=["q_len", "padded_len", "heads"])
 def row_terms_kernel(
-    out, dout, lse, dlse, lse_log2, delta, q_len, padded_len, heads,
+    out, dout, lse, dlse, lse_log2, delta, factor_log2, q_len, padded_len, heads,
     WITH_DLSE: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
 ):  # fmt: skip
-    """What the backward needs of each query: lse in base 2, and delta = dout . out - dlse.
+    """What the backward needs of each query: lse in base 2, less that of a factor that weights are
+    to have, and delta = dout . out - dlse.
 
     Grid: `(B * heads * ceil(padded_len / ROWS),)`. Queries that see nothing, and the padding up to
     `padded_len`, get lse_log2 = inf, so that p = 0, and delta = 0, whatever dlse is there.
@@ -50,7 +51,7 @@ def row_terms_kernel(
     row = start + tl.arange(0, ROWS)
     inside = row < q_len
     value = tl.load(row_places(lse, b, h, row), mask=inside, other=float("-inf"))
-    value = tl.where(value == float("-inf"), float("inf"), value * LOG2E)
+    value = tl.where(value == float("-inf"), float("inf"), value * LOG2E - factor_log2)
     o = load_tile(out, b, h, start, q_len, ROWS, DV, DV_PAD, False).to(tl.float32)
     d = load_tile(dout, b, h, start, q_len, ROWS, DV, DV_PAD, False).to(tl.float32)
     total = tl.sum(o * d, axis=1)

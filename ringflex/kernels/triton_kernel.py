@@ -36,10 +36,17 @@ may_overlap = True  # see `contract`
 
 
 class RowTerms(NamedTuple):
-    """`[B, Hq, padded length]`, fp32: lse in base 2 (inf where nothing is seen), and delta."""
+    """Of each query; `[B, Hq, padded length]`, fp32.
+
+    Attributes:
+        lse_log2: lse in base 2, less log2(factor); inf where nothing is seen.
+        delta: see `contract`.
+        factor: weights that are computed with lse_log2 are so many times p.
+    """
 
     lse_log2: Tensor
     delta: Tensor
+    factor: float = 1.0
 
 
 def forward(
@@ -107,13 +114,17 @@ def row_terms(
     lse: Tensor,
     dlse: Tensor | None,
     mask: BlockMask,
+    score: TracedMod | None,
+    scale: float,
     options: KernelOptions,
+    factor: float = 1.0,
 ) -> RowTerms:
-    """See `contract`."""
+    """See `contract`, and `RowTerms` for the factor."""
     dout = nearby(dout)
     B, H, q_len, DV = out.shape
     padded = mask.q_blocks * mask.block_size[0]
-    terms = RowTerms(*(_empty(B, H, padded, out.device) for _ in range(2)))
+    lse_log2, delta = (_empty(B, H, padded, out.device) for _ in range(2))
+    terms = RowTerms(lse_log2, delta, factor)
     dlse_or_lse = lse if dlse is None else dlse
     key = (
         "row terms", out.dtype, dout.dtype, out.shape, out.stride(), dout.stride(), dlse is None,
@@ -129,7 +140,10 @@ def row_terms(
             (dlse is not None, rows, DV, padded_dim(DV)),
             Tile(rows, rows, 4, 1),
         )
-    ready(strided(out), strided(dout), encoded_rows(lse), encoded_rows(dlse_or_lse), *terms)
+    ready(
+        strided(out), strided(dout), encoded_rows(lse), encoded_rows(dlse_or_lse), *terms[:2],
+        math.log2(factor),
+    )  # fmt: skip
     return terms
 
 
@@ -151,6 +165,8 @@ def backward(
     options: KernelOptions,
 ) -> None:
     """See `contract`."""
+    if gradients.half == 1:
+        return
     setup, q, k, v = _setup(q, k, v, mask, options)
     mod = score_mod(score, q.device, options)
     call = _Backward(setup, mod, nearby(dout), q, k, v, terms, scale, gradients)
@@ -236,7 +252,7 @@ class _Backward:
             return self.tma and tile.block_m >= 32  # 128 bytes, as shared memory is written
 
         def arguments(tile: Tile) -> tuple[Any, ...]:
-            rows: tuple[Any, ...] = self.terms
+            rows: tuple[Any, ...] = self.terms[:2]
             if rows_by_descriptor(tile):
                 rows = tuple(described(x.flatten(0, 1), 1, tile.block_m) for x in rows)
             return (
@@ -286,7 +302,7 @@ class _Backward:
 
         def arguments(tile: Tile) -> tuple[Any, ...]:
             return (
-                *self.tensors(tile), *self.terms, strided(dq), strided(running),
+                *self.tensors(tile), *self.terms[:2], strided(dq), strided(running),
                 self.score_tables, gradient_arguments(pairs), self.scale,
             )  # fmt: skip
 

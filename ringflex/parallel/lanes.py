@@ -46,8 +46,8 @@ class Lanes:
 
     @contextmanager
     def behind(self, after: torch.cuda.Event | None) -> Iterator[None]:
-        """Inside `ahead`, for once: what is launched inside waits for nothing of `ahead` that came
-        later than `after`, so it must use nothing of that."""
+        """Inside `ahead`: what is launched inside waits for nothing of `ahead` that came later than
+        `after`, so it must use nothing of that."""
         if self._own is None:
             yield
             return

@@ -78,7 +78,9 @@ def backward(
     """Gradients of the local q, k, v, in their dtypes; adds into `dcaptures`.
 
     On a GPU, the local K/V, for whose gradients nothing waits, are left behind the rest (see
-    `lanes`); of a kernel that computes dQ and dK/dV apart, local dK/dV.
+    `lanes`); of a kernel that computes dQ and dK/dV apart, local dK/dV. One that does not computes
+    half of them, if there is little to do, while the first K/V is on its way, and half when the
+    last step has begun, whose dK/dV nothing else would hide.
     """
     adds = any(t.of == 0 for step in plan.steps for t in step.collects)
     home = _new(Pair(k, v), compute_dtype(k.dtype) if adds else k.dtype)
@@ -86,6 +88,7 @@ def backward(
     calls = _Calls(plan, kernel, dout, q, terms, score, scale, dcaptures, options, apart)
     overlaps = not apart and kernel.may_overlap and not any(d is not None for d in dcaptures)
     overlaps = overlaps and plan.has_transfers
+    halves = overlaps and adds and calls.running_q is not None and plan.steps[0].mask is not None
     lanes = Lanes(q.device)
     with lanes.ahead():
         returns = _Returns(plan, home, lanes, options)
@@ -99,14 +102,22 @@ def backward(
                 if not overlaps:
                     calls.run(0, step, held, None if apart else home, queries=True)
                 if apart or overlaps:
+                    half = 0 if halves else None
                     with lanes.behind(start):
-                        calls.run(0, step, held, home, queries=not apart, track="behind")
+                        calls.run(0, step, held, home, queries=not apart, track="behind", half=half)
                 continue
             gradients = returns.of(number, step, held)
+            last = number == len(plan.steps) - 1
+            start = lanes.mark() if halves and last else None
             if step.mask is not None:
                 calls.run(number, step, held, gradients, queries=not apart)
+            if halves and last:
+                with lanes.behind(start):
+                    calls.run(
+                        0, plan.steps[0], Pair(k, v), home, queries=True, track="behind", half=1
+                    )
             if apart and step.mask is not None:
-                if number == len(plan.steps) - 1:
+                if last:
                     walk.post_last()  # beside dQ
                 calls.run(number, step, held, None, queries=True)
         walk.post_last()
@@ -152,8 +163,10 @@ class _Calls:
         *,
         queries: bool,
         track: str = "compute",
+        half: int | None = None,
     ) -> None:
-        """One launch: dK/dV into `gradients` (or nothing of the kind), dQ if `queries`."""
+        """One launch: dK/dV into `gradients` (or nothing of the kind), dQ if `queries`; half of
+        that."""
         assert step.mask is not None
         wanted = Gradients(
             dq=self.dq if queries else None,
@@ -163,6 +176,7 @@ class _Calls:
             stage=step.stage if self.apart else None,
             running_q=self.running_q,
             beside=self.beside,
+            half=half,
         )
         passes = "dQ, dK, dV" if queries and gradients else "dQ" if queries else "dK, dV"
         with computing(f"backward {passes}", number, track):

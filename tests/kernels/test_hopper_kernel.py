@@ -8,9 +8,11 @@ import torch
 
 import ringflex as rf
 from ringflex.kernels import hopper_kernel, triton_kernel, triton_setup
+from ringflex.kernels.block_lists import BlockLists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
 from ringflex.kernels.triton_kernel import RowTerms
 from ringflex.kernels.triton_tiles import Architecture
+from ringflex.masks.trace import trace_score
 
 CPU = torch.device("cpu")
 TILES = (("forward", Tile(64, 64, 4, 2)),)
@@ -113,9 +115,37 @@ def test_portable_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(triton_kernel, "backward", lambda *arguments: given.extend(arguments))
     hopper_kernel.backward(
-        dout, q, k, v, terms, mask, None, 0.125, gradients, KernelOptions()
+        dout, q, k, v, terms._replace(factor=0.125), mask, None, 0.125, gradients, KernelOptions()
     )  # fmt: skip
     assert given[-2] is gradients and given[-1] == KernelOptions(backward="one_pass")
+    assert given[4].factor == 1 and (given[4].lse_log2 == -3).all()  # the weights that it expects
+
+
+@pytest.mark.parametrize(
+    ("dtype", "score", "scale", "options", "factor"),
+    [
+        (torch.bfloat16, None, 0.125, KernelOptions(), 0.125),
+        (torch.float16, None, 0.125, KernelOptions(), 1),
+        (torch.bfloat16, rf.softcap(20.0), 0.125, KernelOptions(), 1),
+        (torch.bfloat16, None, -0.125, KernelOptions(), 1),
+        (torch.bfloat16, None, 0.125, KernelOptions(deterministic=True), 1),
+    ],
+)
+def test_weights_times_the_scale(
+    dtype: torch.dtype,
+    score: Any,
+    scale: float,
+    options: KernelOptions,
+    factor: float,
+    launches: Launches,
+) -> None:
+    dout = out = torch.zeros(1, 2, 256, 64, dtype=dtype)
+    mask = rf.create_block_mask(rf.causal(), None, None, 256, 256)
+    traced = None if score is None else trace_score(score, torch.float32)
+    terms = hopper_kernel.row_terms(
+        dout, out, torch.zeros(1, 2, 256), None, mask, traced, scale, options
+    )
+    assert terms.factor == factor
 
 
 @pytest.mark.parametrize(
@@ -221,3 +251,41 @@ def test_heads_apart_add_into_zeros_in_fp32(
     assert gradients.dk is not None and gradients.dv is not None
     written = 0.0 if cache == 0 else 7.0
     assert (gradients.dk == written).all() and (gradients.dv == written).all()
+
+
+@pytest.mark.parametrize(
+    ("short", "tokens", "rows"),
+    [(True, 256, [[0], [1]]), (True, 128, [[0]]), (False, 256, [[0, 1]])],
+)
+def test_halves_make_the_whole(
+    short: bool, tokens: int, rows: list[list[int]], launches: Launches,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The first sets to zero what both add to, and they share the rows; of a single row, or of a
+    long launch, the first takes all."""
+    shared: list[list[int]] = []
+    in_sections = hopper_kernel.in_sections
+
+    def noted(lists: BlockLists, *rest: Any, **how: Any) -> Any:
+        shared.append(lists.order_here[0, : lists.places].tolist())
+        return in_sections(lists, *rest, **how)
+
+    monkeypatch.setattr(hopper_kernel, "in_sections", noted)
+    monkeypatch.setattr(hopper_kernel, "is_short", lambda *_: short)
+    monkeypatch.setattr(hopper_kernel, "_heads_of_a_tile", lambda *_: 1)
+    q, k, v, dout = tensors()
+    terms = RowTerms(*(torch.zeros(1, 2, 256) for _ in range(2)))
+    keys = [x[:, :, :tokens] for x in (k, v)]
+    mask = rf.create_block_mask(rf.full(), None, None, 256, tokens)
+    dk, dv = (torch.full(x.shape, 7.0) for x in keys)
+    for half, kept in ((0, 0.0), (1, 3.0)):
+        gradients = Gradients(
+            dq=torch.empty_like(q), dk=dk, dv=dv, dcaptures=(), running_q=torch.zeros(q.shape),
+            beside=True, half=half,
+        )  # fmt: skip
+        hopper_kernel.backward(
+            dout, q, *keys, terms, mask, None, 0.125, gradients, KernelOptions()
+        )  # fmt: skip
+        assert (dk == kept).all() and (dv == kept).all()
+        dk.fill_(3.0), dv.fill_(3.0)
+    assert shared == rows

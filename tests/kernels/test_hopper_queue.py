@@ -10,9 +10,10 @@ import torch
 import ringflex as rf
 from ringflex.kernels import hopper_common
 from ringflex.kernels.block_lists import key_lists, query_lists
-from ringflex.kernels.hopper_launch import _LIFE, in_sections, multiprocessors, queue
+from ringflex.kernels.hopper_launch import in_sections, multiprocessors, queue
 
 CPU = torch.device("cpu")
+LIFE = 1e10
 
 
 class Pointer:
@@ -87,7 +88,7 @@ def test_programs_end_together(mask: str, transposed: bool, head_and_place) -> N
 def test_programs_come_to_all_tiles(tiles: int, lives: float, beside: bool) -> None:
     """`lives`: what a tile takes of what a program may."""
     at_once = multiprocessors(CPU)
-    programs, quota, spread = queue(tiles, lives * tiles * _LIFE, CPU, beside)
+    programs, quota, spread = queue(tiles, lives * tiles * LIFE, CPU, beside, LIFE)
     quotas = quota + np.arange(programs) % spread
     assert quotas.sum() >= tiles
     mean = max(1, round(1 / max(lives, 1e-9)))
@@ -99,3 +100,13 @@ def test_programs_come_to_all_tiles(tiles: int, lives: float, beside: bool) -> N
         # None must take more than its share after the others; they end one after the other.
         assert tiles + at_once * mean <= quotas.sum() <= tiles + 1.5 * at_once * (mean + 1) + spread
         assert quotas.max() <= 2 * mean + 1 and len(set(quotas[:at_once])) >= min(spread, at_once)
+
+
+@pytest.mark.parametrize("tiles", [1, 500, 600, 3_000, 50_000])
+def test_generations_of_a_short_launch(tiles: int) -> None:
+    """Programs end early also where the whole launch is short, but take a tile at least."""
+    at_once = multiprocessors(CPU)
+    programs, quota, spread = queue(tiles, tiles * LIFE / 1000, CPU, True, LIFE, 4)
+    quotas = quota + np.arange(programs) % spread
+    assert quotas.sum() >= tiles
+    assert quotas.mean() <= max(1, tiles / (4 * at_once))

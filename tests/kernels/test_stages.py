@@ -111,7 +111,9 @@ def test_a_step_touches_only_its_own_queries(kernel: object) -> None:
     close(out[:, :, where[3]], (alone.out * share)[:, :, where[3]])
     close(lse[:, :, where[3]], merged[:, :, where[3]])
 
-    terms = kernel.row_terms(dout, alone.out, alone.lse, None, mask, options)  # type: ignore
+    terms = kernel.row_terms(  # type: ignore[attr-defined]
+        dout, alone.out, alone.lse, None, mask, None, 0.25, options
+    )
 
     def dq_of(dq: torch.Tensor, running_q: torch.Tensor | None) -> torch.Tensor:
         kernel.backward(  # type: ignore[attr-defined]
