@@ -55,7 +55,7 @@ _REGISTERS = (240, 24)  # per thread of the consumers and the producer
 _LARGEST_BACKWARD_DIM = 128
 _EVEN = 0.75  # mean work of rows over the longest's, from which on heads of a group stay together
 _FEW, _MANY = 0.5, 10  # tiles of keys per multiprocessor
-_FORWARD_LIFE, _BACKWARD_LIFE = 1e10, 5e9  # FLOP of a program: about 2 ms and 1 ms
+_FORWARD_LIFE, _BACKWARD_LIFE = 1e10, 3.5e9  # FLOP of a program: about 2 and 0.8 ms
 _GENERATIONS = 4  # of programs, in the second half of a backward
 _KEPT = 0.75  # of the L2 cache, what programs may walk out of step
 
@@ -158,9 +158,13 @@ def backward(
 ) -> None:
     """See `contract`."""
     g = gradients
+
+    def portably(options: KernelOptions) -> None:
+        rows = _without_factor(terms)
+        triton_kernel.backward(dout, q, k, v, rows, mask, score, scale, g, options)
+
     if has_separate_passes(q, v, options):
-        terms = _without_factor(terms)
-        triton_kernel.backward(dout, q, k, v, terms, mask, score, scale, g, options)
+        portably(options)
         return
     assert g.dq is not None and g.dk is not None and g.dv is not None
     setup = Setup.of(q, k, v, mask, options)
@@ -172,8 +176,7 @@ def backward(
     if few or many or not setup.describable or alignment(q, k, v, dout):
         if g.running_q is not None:  # which is added to, as it may be by other calls meanwhile
             options = replace(options, backward="one_pass")
-        terms = _without_factor(terms)
-        triton_kernel.backward(dout, q, k, v, terms, mask, score, scale, g, options)
+        portably(options)
         return
     mod = score_mod(score, q.device, options)
     wanted = () if mod is None else mod.wanted([d is not None for d in g.dcaptures])
@@ -184,7 +187,7 @@ def backward(
     if g.half == 1 and half is None:
         return
     dq = sum_of_queries(g)
-    members = _heads_of_a_tile(setup, q.device, tiles if beside else None)
+    members = _heads_of_a_tile(setup, q.device, tiles if g.beside else None)
     stretches = _stretches(setup, q.device, beside)
     if stretches > 1:
         members = 1

@@ -78,6 +78,21 @@ def test_tuning_merges_once(last: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(found[0].out, found[1].out) and torch.equal(found[0].lse, found[1].lse)
 
 
+def test_weights_of_row_terms_have_their_factor() -> None:
+    """exp2(score - lse_log2) is so many times the weight; what sees nothing has none still."""
+    mask, factor = make(rf.causal()), 0.3
+    dout, out = (torch.randn(1, 2, S, 16, device=DEVICE) for _ in range(2))
+    lse = torch.randn(1, 2, S, device=DEVICE)
+    lse[:, :, 5] = -torch.inf
+    rest = dout, out, lse, None, mask, None, 0.25, KernelOptions()
+    plain, scaled = triton_kernel.row_terms(*rest), triton_kernel.row_terms(*rest, factor)
+    assert (plain.factor, scaled.factor) == (1, factor)
+    assert torch.equal(plain.delta, scaled.delta)
+    assert (scaled.lse_log2[:, :, 5] == torch.inf).all()
+    wanted = torch.exp2(-plain.lse_log2) * factor
+    torch.testing.assert_close(torch.exp2(-scaled.lse_log2), wanted)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 def test_deterministic_gradients_show_what_is_not_finite(bad: float) -> None:
