@@ -182,7 +182,7 @@ def launch_of(c: Configuration) -> Launch:
                 q, k, v, block_mask, score, 0.1, before, Partial(out, lse), options, stage, earlier
             )
             return found[0]
-        terms = module.row_terms(dout, out, lse, None, block_mask, score, 0.1, options)
+        terms = module.row_terms(dout, out, lse, None, q, block_mask, score, 0.1, options)
         if c.kernel == "row_terms":
             return found[0]
         gradients = Gradients(

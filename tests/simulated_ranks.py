@@ -153,7 +153,7 @@ def _attend(
         )
         after = Partial(out, lse)
         schedule.forward(plan, kernel, q, k, v, score, scale, before, after, options)
-        terms = kernel.row_terms(dout, out, lse, None, plan.rows, score, scale, options)
+        terms = kernel.row_terms(dout, out, lse, None, q, plan.rows, score, scale, options)
         dq, dk, dv = schedule.backward(
             plan, kernel, dout, q, k, v, terms, score, scale, dcaptures, options
         )

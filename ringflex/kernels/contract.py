@@ -3,7 +3,7 @@
 A kernel is a module with
 
     forward(q, k, v, mask, score, scale, before, after, options, stage, running, beside)
-    row_terms(dout, out, lse, dlse, mask, score, scale, options) -> terms
+    row_terms(dout, out, lse, dlse, q, mask, score, scale, options) -> terms
     backward(dout, q, k, v, terms, mask, score, scale, gradients, options)
     has_separate_passes(q, v, options) -> bool
     may_overlap: bool

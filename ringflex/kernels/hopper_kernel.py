@@ -127,6 +127,7 @@ def row_terms(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
+    q: Tensor,
     mask: BlockMask,
     score: TracedMod | None,
     scale: float,
@@ -135,13 +136,14 @@ def row_terms(
     """See `contract`. Weights times the scale, of which dQ and dK need not be multiplied by it, if
     there is no score mod; in fp16, small ones would lose bits."""
     scaled = score is None and scale > 0 and dout.dtype == torch.bfloat16
-    factor = scale if scaled and not _portable(options) else 1.0
-    return triton_kernel.row_terms(dout, out, lse, dlse, mask, score, scale, options, factor)
+    factor = scale if scaled and not has_separate_passes(q, out, options) else 1.0
+    return triton_kernel.row_terms(dout, out, lse, dlse, q, mask, score, scale, options, factor)
 
 
 def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions) -> bool:
     """See `contract`."""
-    return _portable(options) or max(q.shape[3], v.shape[3]) > _LARGEST_BACKWARD_DIM
+    asked_for = options.deterministic or options.backward == "two_pass" or _by_hand(options)
+    return asked_for or max(q.shape[3], v.shape[3]) > _LARGEST_BACKWARD_DIM
 
 
 def backward(
@@ -158,13 +160,8 @@ def backward(
 ) -> None:
     """See `contract`."""
     g = gradients
-
-    def portably(options: KernelOptions) -> None:
-        rows = _without_factor(terms)
-        triton_kernel.backward(dout, q, k, v, rows, mask, score, scale, g, options)
-
     if has_separate_passes(q, v, options):
-        portably(options)
+        triton_kernel.backward(dout, q, k, v, terms, mask, score, scale, g, options)
         return
     assert g.dq is not None and g.dk is not None and g.dv is not None
     setup = Setup.of(q, k, v, mask, options)
@@ -176,7 +173,8 @@ def backward(
     if few or many or not setup.describable or alignment(q, k, v, dout):
         if g.running_q is not None:  # which is added to, as it may be by other calls meanwhile
             options = replace(options, backward="one_pass")
-        portably(options)
+        terms = _without_factor(terms)
+        triton_kernel.backward(dout, q, k, v, terms, mask, score, scale, g, options)
         return
     mod = score_mod(score, q.device, options)
     wanted = () if mod is None else mod.wanted([d is not None for d in g.dcaptures])
@@ -197,8 +195,9 @@ def backward(
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_m = 128 if max(D, Dv) <= 64 and mod is None else 64  # what registers allow
     key = (
-        "hopper backward", beside, half, kind_of(mod), score_function, dout.stride(), dk.dtype,
-        dk.stride(), dv.stride(), tuple(wanted), alignment(dk, dv), terms.factor == 1,
+        "hopper backward", members, stretches, beside, half, kind_of(mod), score_function,
+        dout.stride(), dk.dtype, dk.stride(), dv.stride(), tuple(wanted), alignment(dk, dv),
+        terms.factor == 1,
     )  # fmt: skip
     ready = setup.prepared.get(key)
     if ready is None:
@@ -328,11 +327,6 @@ def _sums_of_keys(g: Gradients) -> tuple[Tensor, Tensor]:
 
 def _by_hand(options: KernelOptions) -> bool:
     return bool(options.tiles) or options.tune
-
-
-def _portable(options: KernelOptions) -> bool:
-    """Whether the portable kernels are asked for, for the backward."""
-    return options.deterministic or options.backward == "two_pass" or _by_hand(options)
 
 
 def _without_factor(terms: RowTerms) -> RowTerms:

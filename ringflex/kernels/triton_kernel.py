@@ -113,6 +113,7 @@ def row_terms(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
+    q: Tensor,
     mask: BlockMask,
     score: TracedMod | None,
     scale: float,

@@ -122,28 +122,30 @@ def test_portable_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "score", "scale", "options", "factor"),
+    ("dtype", "D", "score", "scale", "options", "factor"),
     [
-        (torch.bfloat16, None, 0.125, KernelOptions(), 0.125),
-        (torch.float16, None, 0.125, KernelOptions(), 1),
-        (torch.bfloat16, rf.softcap(20.0), 0.125, KernelOptions(), 1),
-        (torch.bfloat16, None, -0.125, KernelOptions(), 1),
-        (torch.bfloat16, None, 0.125, KernelOptions(deterministic=True), 1),
+        (torch.bfloat16, 64, None, 0.125, KernelOptions(), 0.125),
+        (torch.float16, 64, None, 0.125, KernelOptions(), 1),
+        (torch.bfloat16, 64, rf.softcap(20.0), 0.125, KernelOptions(), 1),
+        (torch.bfloat16, 64, None, -0.125, KernelOptions(), 1),
+        (torch.bfloat16, 64, None, 0.125, KernelOptions(deterministic=True), 1),
+        (torch.bfloat16, 192, None, 0.125, KernelOptions(), 1),
     ],
 )
 def test_weights_times_the_scale(
     dtype: torch.dtype,
+    D: int,
     score: Any,
     scale: float,
     options: KernelOptions,
     factor: float,
     launches: Launches,
 ) -> None:
-    dout = out = torch.zeros(1, 2, 256, 64, dtype=dtype)
+    q, dout = (torch.zeros(1, 2, 256, dim, dtype=dtype) for dim in (D, 64))
     mask = rf.create_block_mask(rf.causal(), None, None, 256, 256)
     traced = None if score is None else trace_score(score, torch.float32)
     terms = hopper_kernel.row_terms(
-        dout, out, torch.zeros(1, 2, 256), None, mask, traced, scale, options
+        dout, dout, torch.zeros(1, 2, 256), None, q, mask, traced, scale, options
     )
     assert terms.factor == factor
 
@@ -289,3 +291,23 @@ def test_halves_make_the_whole(
         assert (dk == kept).all() and (dv == kept).all()
         dk.fill_(3.0), dv.fill_(3.0)
     assert shared == rows
+
+
+def test_launches_with_heads_together_and_apart_are_two(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One adds to dK and dV, the other writes them, in fp32 both: neither may be taken for the
+    other."""
+    monkeypatch.setattr(hopper_kernel, "_heads_of_a_tile", lambda *x: 1 if x[2] else 2)
+    q, k, v, dout = tensors()
+    mask = rf.create_block_mask(rf.full(), None, None, 256, 256)
+    terms = RowTerms(*(torch.zeros(1, 2, 256) for _ in range(2)))
+    for beside in (False, True, False, True):
+        gradients = Gradients(
+            dq=torch.empty_like(q), dk=torch.empty(k.shape), dv=torch.empty(v.shape), dcaptures=(),
+            beside=beside,
+        )  # fmt: skip
+        hopper_kernel.backward(
+            dout, q, k, v, terms, mask, None, 0.125, gradients, KernelOptions()
+        )  # fmt: skip
+    assert launches.names == ["hopper_backward_kernel"] * 2
