@@ -67,7 +67,7 @@ def query_lists(mask: BlockMask, device: torch.device, stage: Stage | None = Non
     """
     key = ("query lists", device)
     if key not in mask.cache:
-        mask.cache[key] = _lists(mask.full, mask.partial, mask.B * mask.H, device)
+        mask.cache[key] = lists_of(mask.full, mask.partial, mask.B * mask.H, device)
     lists: BlockLists = mask.cache[key]
     if stage is None:
         return lists
@@ -107,13 +107,13 @@ def key_lists(
     if key not in mask.cache:
         full, partial = mask.transpose()
         if descending:
-            full, partial = (_from_the_end(runs, mask.q_blocks) for runs in (full, partial))
+            full, partial = (from_the_end(runs, mask.q_blocks) for runs in (full, partial))
         count = mask.B * mask.H
         if stretches > 1:
             length = -(-mask.q_blocks // stretches)
             full, partial = (_parted(runs, count, length, stretches) for runs in (full, partial))
         together = groups if mask.H > 1 else 1
-        lists = _lists(full, partial, count, device, together)
+        lists = lists_of(full, partial, count, device, together)
         if stretches > 1:
             places = int(np.count_nonzero(lists.work))
             lists = lists._replace(places=places, work=lists.work[:places])
@@ -142,12 +142,12 @@ def positions(mask: BlockMask, device: torch.device) -> Positions:
     return mask.cache[key]
 
 
-def _lists(
+def lists_of(
     full: Runs, partial: Runs, groups: int, device: torch.device, together: int = 1
 ) -> BlockLists:
-    """`together`: that many groups in a row share an order, by their work in all."""
+    """Lists of `groups` of rows; `together`: that many share an order, by their work in all."""
     blocks = full.rows // groups
-    counts = [_blocks_per_row(runs) for runs in (partial, full)]
+    counts = [blocks_per_row(runs) for runs in (partial, full)]
     first_full = partial.start.size
     rows = np.stack(
         [partial.indptr[:-1], counts[0], first_full + full.indptr[:-1], counts[1]], axis=1
@@ -172,7 +172,7 @@ def _begin_together(*lists: Runs) -> bool:
     return bool(2 * np.count_nonzero(first[1:] == first[:-1]) >= first.size - 1)
 
 
-def _from_the_end(runs: Runs, columns: int) -> Runs:
+def from_the_end(runs: Runs, columns: int) -> Runs:
     """The same blocks, numbered backwards."""
     order = np.lexsort((-runs.start, runs.row))
     return Runs(runs.indptr, columns - runs.end[order], columns - runs.start[order])
@@ -194,7 +194,8 @@ def _parted(runs: Runs, groups: int, length: int, stretches: int) -> Runs:
     )
 
 
-def _blocks_per_row(runs: Runs) -> Array:
+def blocks_per_row(runs: Runs) -> Array:
+    """int64 `[rows]`."""
     ends = np.concatenate([[0], np.cumsum(runs.end - runs.start)])
     return ends[runs.indptr[1:]] - ends[runs.indptr[:-1]]
 

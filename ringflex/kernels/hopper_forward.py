@@ -29,13 +29,23 @@ from ringflex.kernels.hopper_common import (
     take,
     write_word,
 )
-from ringflex.kernels.hopper_intrinsics import come, packed, tma_load, unpacked, wait_for
+from ringflex.kernels.hopper_intrinsics import (
+    come,
+    packed,
+    signal,
+    tma_load,
+    unpacked,
+    wait_for,
+    wait_until,
+)
 from ringflex.kernels.hopper_softmax import softmax
 from ringflex.kernels.triton_common import (
     BEGINS,
     ENDS,
     LN2,
     LOWEST,
+    PIECE,
+    SLOT,
     earlier_lse,
     first_tile,
     following_tile,
@@ -91,7 +101,7 @@ def _load_v(v, v_buffers, v_full, b, kv_head, row, number, STAGES: gl.constexpr)
 def _produce(
     q, k, v, shared, lists, shape,
     score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
-    IN_PLACE: gl.constexpr, STAGED: gl.constexpr,
+    IN_PLACE: gl.constexpr, STAGED: gl.constexpr, PIECES: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
@@ -103,6 +113,7 @@ def _produce(
     rows, runs, order, turns, q_starts, kv_starts = lists
     heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b = shape[:6]
     together, total_heads, sections = shape[6:9]
+    q_blocks = shape[11]
     total = total_heads * blocks * TILES_M
     left = shape[9] + gl.program_id(0) % shape[10]
     work = take(counters)
@@ -118,14 +129,15 @@ def _produce(
         head, place = head_and_place(work, together, total_heads, sections)
         b, h = head // heads, head % heads
         first_row = b * row_stride_b + h * row_stride_h
-        block = gl.load(order + first_row + place // TILES_M)
+        row = gl.load(order + first_row + place // TILES_M)
+        block = row % q_blocks if PIECES else row
         within = place % TILES_M * BLOCK_M
-        listed = rows + 4 * (first_row + block)
+        listed = rows + 4 * (first_row + row)
         partial, full = gl.load(listed + 1) * TILES_N, gl.load(listed + 3) * TILES_N
         turn = gl.to_tensor(0)
         wanted = total > 0
         if STAGED:
-            turn = gl.load(turns + first_row + block)
+            turn = gl.load(turns + first_row + row)
             wanted = turn != 0
         elif IN_PLACE:
             wanted = partial + full > 0
@@ -212,10 +224,10 @@ def _step(
 
 @gluon.jit
 def _consume(
-    q, results, shared, lengths, heads, score_tables, mask_tables, scale,
+    q, results, flags, shared, lengths, heads, score_tables, mask_tables, scale,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr,
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, STAGED: gl.constexpr,
-    MERGE_FIRST: gl.constexpr, BLOCK_N: gl.constexpr,
+    MERGE_FIRST: gl.constexpr, PIECES: gl.constexpr, TILES_M: gl.constexpr, BLOCK_N: gl.constexpr,
     D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -301,11 +313,21 @@ def _consume(
             acc = warpgroup_mma_wait(0, deps=(acc,))
             come(FIRST_BARRIER + STAGES + v_slot, HANDOVER)
             l = gl.where(q_position < q_limit, l, 0.0)  # padding sees nothing
+        flag = flags[0]
+        if PIECES:
+            tile = start // (GROUPS * ROWS) % TILES_M
+            flag += ((head * flags[1] + (turn >> SLOT)) * TILES_M + tile) * GROUPS + GROUP
+            before = (turn >> PIECE) % (1 << SLOT - PIECE) - 1
+            if before > 0:
+                wait_until(flag, before * 128)
         _write(
             results, acc, gl.convert_layout(m, gl.SliceLayout(1, O)),
             gl.convert_layout(l, gl.SliceLayout(1, O)), b, h, start, turn, q_len,
             MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST, DV, DV_PAD, O,
         )  # fmt: skip
+        if PIECES:
+            if turn >> PIECE > 0:
+                signal(flag)
         slot = taken % 2
         mbarrier.wait(words_full.index(slot), taken // 2 & 1)
         count = read_word(words, slot * WORDS)
@@ -373,18 +395,18 @@ def _write(
     do_not_specialize=[
         "q_len", "q_limit", "kv_limit", "heads", "group", "blocks",
         "row_stride_b", "row_stride_h", "kv_stride_b", "together", "total_heads",
-        "quota", "spread",
+        "quota", "spread", "q_blocks", "parted",
     ]
 )  # fmt: skip
 def hopper_forward_kernel(
-    q, k, v, out, lse, before_out, before_lse, first_lse, counters, score_tables, scale,
+    q, k, v, out, lse, before_out, before_lse, first_lse, counters, flags, score_tables, scale,
     rows, runs, order, turns, q_starts, kv_starts, mask_tables,
     q_len, q_limit, kv_limit, heads, group, blocks,
     row_stride_b, row_stride_h, kv_stride_b, together, total_heads, sections, quota,
-    spread,
+    spread, q_blocks, parted,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
-    STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
+    STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr, PIECES: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -392,8 +414,9 @@ def hopper_forward_kernel(
     """Grid: `(programs,)`; program i takes up to `quota + i % spread` tiles.
 
     q, k, v: descriptors of `[1, 1, 64 or BLOCK_N, padded dim]`. counters: int32 `[2]`, zeros
-    before and after. together, total_heads, sections: see `head_and_place`. The rest as in
-    `triton_forward.forward_kernel`.
+    before and after. together, total_heads, sections: see `head_and_place`. PIECES: some rows are
+    in pieces (`pieces`), `parted` blocks of queries of each head, of `q_blocks`; flags: zeros,
+    int32, for each group of warps of their tiles. The rest as in `triton_forward.forward_kernel`.
     """
     q_buffers = gl.allocate_shared_memory(q.dtype, [GROUPS] + q.block_type.shape, q.layout)
     k_buffers = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
@@ -425,26 +448,29 @@ def hopper_forward_kernel(
     lengths = (q_len, q_limit, kv_limit)
     shape = (
         heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together, total_heads,
-        sections, quota, spread,
+        sections, quota, spread, q_blocks,
     )  # fmt: skip
     # Both times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(
         [
             (_consume, (
-                q, (out, lse, before_out, before_lse, first_lse), shared, lengths, heads,
+                q, (out, lse, before_out, before_lse, first_lse), (flags, parted), shared,
+                lengths, heads,
                 score_tables, mask_tables, scale,
                 mask_mod, score_mod, PARTIAL, MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST,
-                BLOCK_N, D_PAD, DV, DV_PAD, STAGES, 0,
+                PIECES, TILES_M, BLOCK_N, D_PAD, DV, DV_PAD, STAGES, 0,
             )),
             (_consume, (
-                q, (out, lse, before_out, before_lse, first_lse), shared, lengths, heads,
+                q, (out, lse, before_out, before_lse, first_lse), (flags, parted), shared,
+                lengths, heads,
                 score_tables, mask_tables, scale,
                 mask_mod, score_mod, PARTIAL, MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST,
-                BLOCK_N, D_PAD, DV, DV_PAD, STAGES, 1,
+                PIECES, TILES_M, BLOCK_N, D_PAD, DV, DV_PAD, STAGES, 1,
             )),
             (_produce, (
                 q, k, v, shared, lists, shape,
-                score_mod, PARTIAL, IN_ORDER, IN_PLACE, STAGED, BLOCK_N, TILES_M, TILES_N, STAGES,
+                score_mod, PARTIAL, IN_ORDER, IN_PLACE, STAGED, PIECES,
+                BLOCK_N, TILES_M, TILES_N, STAGES,
             )),
         ],
         [4, 1],

@@ -14,8 +14,10 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 import ringflex as rf
@@ -29,6 +31,8 @@ from attention_cases import (
     attend,
 )
 from ringflex.kernels import hopper_kernel
+from ringflex.kernels.block_lists import BlockLists
+from ringflex.kernels.pieces import Tail
 from simulated_ranks import run_ranks
 
 RANDOM = 500
@@ -94,10 +98,17 @@ def few() -> list[tuple[Case, str]]:
 def check(case: Case, strategy: str) -> None:
     """On one device, or by two ranks simulated in this process, whose results merge. In the
     backward heads of a group are apart with an odd seed, and together with an even one; the queries
-    are parted with every third seed."""
+    are parted with every third seed; and a row is in pieces with three of four, if it can be."""
     even = 2.0 if case.seed % 2 else 0.0
     stretches = lambda *_: 3 if case.seed % 3 == 2 else 1
-    with mock.patch.multiple(hopper_kernel, _EVEN=even, _MANY=0, _stretches=stretches):
+
+    def tail(lists: BlockLists, *_: Any) -> Tail | None:
+        visited = np.take_along_axis(lists.visited, lists.order_here, axis=1)[:, : lists.places]
+        pieces = min(case.seed % 4 + 1, visited.min(initial=0))
+        return Tail(1, pieces) if pieces > 1 else None
+
+    patches = {"_EVEN": even, "_MANY": 0, "_stretches": stretches, "tail_of": tail}
+    with mock.patch.multiple(hopper_kernel, **patches):
         _check(case, strategy)
 
 

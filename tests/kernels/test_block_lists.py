@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import ringflex as rf
-from ringflex.kernels.block_lists import BlockLists, half_of, key_lists, positions, query_lists
+from list_walks import visits
+from ringflex.kernels.block_lists import half_of, key_lists, positions, query_lists
 
 S, BLOCK = 300, 16
 REACH = torch.tensor([3, 40, 300, 7])
@@ -20,18 +21,6 @@ CPU = torch.device("cpu")
 
 def block_mask(name: str) -> rf.BlockMask:
     return rf.create_block_mask(MASKS[name], 2, 4, S, S, BLOCK_SIZE=BLOCK)
-
-
-def visits(lists: BlockLists, row: int, kind: int) -> list[int]:
-    """Blocks of one list of a row (kind 0: partial, 1: full), as a kernel walks them."""
-    run, count = lists.rows[row, 2 * kind : 2 * kind + 2].tolist()
-    found: list[int] = []
-    while len(found) < count:
-        start, end = lists.runs[run].tolist()
-        found += range(start, end)
-        run += 1
-    assert len(found) == count
-    return found
 
 
 @pytest.mark.parametrize("transposed", [False, True])
