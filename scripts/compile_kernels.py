@@ -38,7 +38,6 @@ import ringflex as rf
 from machine_code import disassembled, repeated_additions, unset_registers
 from ringflex.kernels import hopper_kernel, triton_kernel, triton_setup
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
-from ringflex.kernels.pieces import Tail
 from ringflex.kernels.stages import Stage
 from ringflex.kernels.triton_launch import Prepared
 from ringflex.kernels.triton_tiles import Architecture
@@ -61,9 +60,8 @@ class Configuration:
     Attributes:
         kernel: forward, merge (with a result before), key, query, one_pass, row_terms; staged and
             staged_query: the forward and dQ of one step of several. Those for Hopper:
-            hopper_forward, hopper_merge, hopper_staged, hopper_staged_sinks, hopper_pieces (a
-            forward with rows in pieces), hopper_backward, hopper_apart (a backward with the heads
-            of a group apart).
+            hopper_forward, hopper_merge, hopper_staged, hopper_staged_sinks, hopper_backward,
+            hopper_apart (a backward with the heads of a group apart).
         mods: "none" (a causal mask), "full" (nor that), "documents" (and causal), "score"
             (softcap), "captures" (documents and ALiBi with gradients), "positions" (biases by
             query and by key, with gradients).
@@ -125,8 +123,6 @@ def hopper_configurations() -> Iterator[Configuration]:
     yield replace(base, kernel="hopper_backward", mods="positions")
     for kernel in ("hopper_merge", "hopper_staged", "hopper_staged_sinks"):
         yield replace(base, kernel=kernel, mods="none")
-    for D in (64, 128):
-        yield replace(base, kernel="hopper_pieces", D=D, Dv=D, mods="full")
     for D, Dv in ((80, 80), (192, 128), (256, 256)):
         yield replace(base, kernel="hopper_forward", D=D, Dv=Dv, mods="none")
     for D, Dv in ((16, 16), (128, 64)):
@@ -164,7 +160,6 @@ def launch_of(c: Configuration) -> Launch:
             found.append(Launch(kernel=self._kernel, arguments=arguments, tile=self.tile))
 
     where = lambda _: TARGETS[c.target][1]
-    tail = Tail(1, 2) if c.kernel == "hopper_pieces" else None
     even = 2.0 if c.kernel == "hopper_apart" else 0.0  # so that heads are apart
     hopper = c.kernel.startswith("hopper")
     kind = c.kernel.removeprefix("hopper_")
@@ -174,14 +169,13 @@ def launch_of(c: Configuration) -> Launch:
         mock.patch.object(hopper_kernel, "Prepared", Recorded),
         mock.patch.object(triton_setup, "architecture", where),
         mock.patch.object(hopper_kernel, "_EVEN", even),
-        mock.patch.object(hopper_kernel, "tail_of", return_value=tail),
     ):
         out, lse = torch.zeros(1, Hq, S, c.Dv, dtype=c.dtype), torch.zeros(1, Hq, S)
         stage = None
         if kind.startswith("staged"):
             turns = np.ones((1, 1, block_mask.q_blocks), dtype=np.int32)
             stage = Stage(turns=turns, block_size=block_mask.block_size[0])
-        if kind in ("forward", "merge", "staged", "staged_sinks", "pieces"):
+        if kind in ("forward", "merge", "staged", "staged_sinks"):
             earlier = Partial(out.float(), lse.double())
             before = {"merge": earlier, "staged_sinks": Partial(None, lse)}.get(kind)
             module.forward(

@@ -29,23 +29,13 @@ from ringflex.kernels.hopper_common import (
     take,
     write_word,
 )
-from ringflex.kernels.hopper_intrinsics import (
-    come,
-    packed,
-    signal,
-    tma_load,
-    unpacked,
-    wait_for,
-    wait_until,
-)
+from ringflex.kernels.hopper_intrinsics import come, packed, tma_load, unpacked, wait_for
 from ringflex.kernels.hopper_softmax import softmax
 from ringflex.kernels.triton_common import (
     BEGINS,
     ENDS,
     LN2,
     LOWEST,
-    PIECE,
-    SLOT,
     earlier_lse,
     first_tile,
     following_tile,
@@ -101,11 +91,13 @@ def _load_v(v, v_buffers, v_full, b, kv_head, row, number, STAGES: gl.constexpr)
 def _produce(
     q, k, v, shared, lists, shape,
     score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
-    IN_PLACE: gl.constexpr, STAGED: gl.constexpr, PIECES: gl.constexpr,
+    IN_PLACE: gl.constexpr, STAGED: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr, STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
     BLOCK_M: gl.constexpr = GROUPS * ROWS
+    Q_STAGES: gl.constexpr = 2 if AHEAD else 1
     buffers, barriers, queue, positions = shared
     counters, words, words_full, words_empty = queue
     q_buffers, v_buffers = buffers[0], buffers[2]
@@ -113,7 +105,6 @@ def _produce(
     rows, runs, order, turns, q_starts, kv_starts = lists
     heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b = shape[:6]
     together, total_heads, sections = shape[6:9]
-    q_blocks = shape[11]
     total = total_heads * blocks * TILES_M
     left = shape[9] + gl.program_id(0) % shape[10]
     work = take(counters)
@@ -129,15 +120,14 @@ def _produce(
         head, place = head_and_place(work, together, total_heads, sections)
         b, h = head // heads, head % heads
         first_row = b * row_stride_b + h * row_stride_h
-        row = gl.load(order + first_row + place // TILES_M)
-        block = row % q_blocks if PIECES else row
+        block = gl.load(order + first_row + place // TILES_M)
         within = place % TILES_M * BLOCK_M
-        listed = rows + 4 * (first_row + row)
+        listed = rows + 4 * (first_row + block)
         partial, full = gl.load(listed + 1) * TILES_N, gl.load(listed + 3) * TILES_N
         turn = gl.to_tensor(0)
         wanted = total > 0
         if STAGED:
-            turn = gl.load(turns + first_row + row)
+            turn = gl.load(turns + first_row + block)
             wanted = turn != 0
         elif IN_PLACE:
             wanted = partial + full > 0
@@ -155,9 +145,10 @@ def _produce(
             given += 1
             if partial + full > 0:
                 for c in gl.static_range(GROUPS):
-                    mbarrier.wait(q_empty.index(c), (with_keys & 1) ^ 1)
-                    mbarrier.expect(q_full.index(c), q.block_type.nbytes)
-                    tma_load(q, [b, h, start + c * ROWS, 0], q_full.index(c), q_buffers.index(c))
+                    at = with_keys % Q_STAGES * GROUPS + c
+                    mbarrier.wait(q_empty.index(at), (with_keys // Q_STAGES & 1) ^ 1)
+                    mbarrier.expect(q_full.index(at), q.block_type.nbytes)
+                    tma_load(q, [b, h, start + c * ROWS, 0], q_full.index(at), q_buffers.index(at))
                 with_keys += 1
                 first, kv_head, starts = loaded, h // group, kv_starts + b * kv_stride_b
                 if PARTIAL:
@@ -182,15 +173,16 @@ def _produce(
 
 @gluon.jit
 def _step(
-    number, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit, scale, mask_tables,
-    score_tables,
+    number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit, scale,
+    mask_tables, score_tables,
     MASKED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, S: gl.constexpr, O: gl.constexpr, P: gl.constexpr,
-    D_PAD: gl.constexpr, DV_PAD: gl.constexpr, GROUP: gl.constexpr, ANEW: gl.constexpr,
+    D_PAD: gl.constexpr, DV_PAD: gl.constexpr, ANEW: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of tile `number`, while the weights before it meet their values.
 
-    ANEW: the address of the queries is made in every step, instead of kept in registers.
+    q_at: which buffer of queries. ANEW: its address is made in every step, instead of kept in
+    registers.
     """
     acc, p, m, l = carry
     q_tiles, k_tiles, v_tiles = buffers
@@ -198,9 +190,8 @@ def _step(
     slot, turn = number % STAGES, number // STAGES & 1
     v_slot, v_turn = (number - 1) % STAGES, (number - 1) // STAGES & 1
     mbarrier.wait(k_full.index(slot), turn)
-    q_at = GROUP
     if ANEW:
-        q_at = GROUP + (number >> 30)  # plus 0, unknown to the compiler
+        q_at += number >> 30  # plus 0, unknown to the compiler
     q_tile = q_tiles.index(q_at).reshape([ROWS, D_PAD])
     k_tile = k_tiles.index(slot).reshape([BLOCK_N, D_PAD])
     s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -224,12 +215,12 @@ def _step(
 
 @gluon.jit
 def _consume(
-    q, results, flags, shared, lengths, heads, score_tables, mask_tables, scale,
+    q, results, shared, lengths, heads, score_tables, mask_tables, scale,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr,
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, STAGED: gl.constexpr,
-    MERGE_FIRST: gl.constexpr, PIECES: gl.constexpr, TILES_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    MERGE_FIRST: gl.constexpr, BLOCK_N: gl.constexpr,
     D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
+    AHEAD: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of consumers: rows `GROUP * ROWS` and on of each tile."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -237,13 +228,13 @@ def _consume(
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     # Where it was measured to be faster.
     ANEW: gl.constexpr = score_mod is not None or (not PARTIAL and D_PAD <= 64)
+    Q_STAGES: gl.constexpr = 2 if AHEAD else 1
     dtype: gl.constexpr = q.dtype
     buffers, barriers, queue, positions = shared
     words, words_full, words_empty = queue[1], queue[2], queue[3]
     q_buffers, k_buffers, v_buffers = buffers
     q_full, q_empty, k_full, v_full = barriers
     q_len, q_limit, kv_limit = lengths
-    q_tile = q_buffers.index(GROUP).reshape([ROWS, D_PAD])
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
     taken = gl.to_tensor(0)
     with_keys = gl.to_tensor(0)
@@ -267,7 +258,9 @@ def _consume(
             q_position = q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
             q_idx = gl.minimum(q_position, q_limit - 1)[:, None]
             slot, kv_turn = done % STAGES, done // STAGES & 1
-            mbarrier.wait(q_full.index(GROUP), with_keys & 1)
+            q_at = with_keys % Q_STAGES * GROUPS + GROUP
+            q_tile = q_buffers.index(q_at).reshape([ROWS, D_PAD])
+            mbarrier.wait(q_full.index(q_at), with_keys // Q_STAGES & 1)
             mbarrier.wait(k_full.index(slot), kv_turn)
             k_tile = k_buffers.index(slot).reshape([BLOCK_N, D_PAD])
             s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -277,17 +270,17 @@ def _consume(
             s = warpgroup_mma_wait(0, deps=(s,))
             come(FIRST_BARRIER + slot, HANDOVER)
             p, m, l, shrink = softmax(
-                s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables,
-                score_tables, PARTIAL, mask_mod, score_mod, BLOCK_N, S,
+                s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
+                PARTIAL, mask_mod, score_mod, BLOCK_N, S,
             )  # fmt: skip
             carry = acc, packed(p, dtype), m, l
             if PARTIAL:
                 for number in range(done + 1, done + partial):
                     carry = _step(
-                        number, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit,
-                        scale, mask_tables, score_tables,
+                        number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx,
+                        kv_limit, scale, mask_tables, score_tables,
                         True, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                        D_PAD, DV_PAD, GROUP, ANEW,
+                        D_PAD, DV_PAD, ANEW,
                     )  # fmt: skip
                 acc, p16, m, l = carry
                 if score_mod is None:
@@ -297,13 +290,13 @@ def _consume(
                 carry = acc, p16, m, l
             for number in range(done + gl.maximum(partial, 1), done + count):
                 carry = _step(
-                    number, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit,
-                    scale, mask_tables, score_tables,
+                    number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx,
+                    kv_limit, scale, mask_tables, score_tables,
                     False, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                    D_PAD, DV_PAD, GROUP, ANEW,
+                    D_PAD, DV_PAD, ANEW,
                 )  # fmt: skip
             acc, p16, m, l = carry
-            mbarrier.arrive(q_empty.index(GROUP), count=1)
+            mbarrier.arrive(q_empty.index(q_at), count=1)
             with_keys += 1
             done += count
             v_slot, v_turn = (done - 1) % STAGES, (done - 1) // STAGES & 1
@@ -313,21 +306,11 @@ def _consume(
             acc = warpgroup_mma_wait(0, deps=(acc,))
             come(FIRST_BARRIER + STAGES + v_slot, HANDOVER)
             l = gl.where(q_position < q_limit, l, 0.0)  # padding sees nothing
-        flag = flags[0]
-        if PIECES:
-            tile = start // (GROUPS * ROWS) % TILES_M
-            flag += ((head * flags[1] + (turn >> SLOT)) * TILES_M + tile) * GROUPS + GROUP
-            before = (turn >> PIECE) % (1 << SLOT - PIECE) - 1
-            if before > 0:
-                wait_until(flag, before * 128)
         _write(
             results, acc, gl.convert_layout(m, gl.SliceLayout(1, O)),
             gl.convert_layout(l, gl.SliceLayout(1, O)), b, h, start, turn, q_len,
-            MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST, DV, DV_PAD, O,
+            MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST, DV, DV_PAD, O, AHEAD,
         )  # fmt: skip
-        if PIECES:
-            if turn >> PIECE > 0:
-                signal(flag)
         slot = taken % 2
         mbarrier.wait(words_full.index(slot), taken // 2 & 1)
         count = read_word(words, slot * WORDS)
@@ -343,10 +326,32 @@ def _places(x, b, h, start, DV_PAD: gl.constexpr, O: gl.constexpr):
 
 
 @gluon.jit
+def _store(
+    x, value, b, h, start, q_len, DV: gl.constexpr, DV_PAD: gl.constexpr, O: gl.constexpr,
+    WHOLE: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup's rows of `x[b, h]`, up to `q_len` and `DV`.
+
+    WHOLE: halves are arranged in shared memory, so that a warp writes whole rows.
+    """
+    if WHOLE and value.dtype.primitive_bitwidth == 16:
+        LANES: gl.constexpr = DV_PAD // 8
+        LAYOUT: gl.constexpr = gl.BlockedLayout([LANES // 2, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+        value = gl.convert_layout(value, LAYOUT)
+    else:
+        LAYOUT: gl.constexpr = O
+    inside = (start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)) < q_len)[:, None]
+    if DV < DV_PAD:
+        inside = inside & (gl.arange(0, DV_PAD, layout=gl.SliceLayout(0, LAYOUT)) < DV)[None, :]
+    gl.store(_places(x, b, h, start, DV_PAD, LAYOUT), value, mask=inside)
+
+
+@gluon.jit
 def _write(
     results, acc, m, l, b, h, start, turn, q_len,
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, STAGED: gl.constexpr,
     MERGE_FIRST: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, O: gl.constexpr,
+    WHOLE: gl.constexpr,
 ):  # fmt: skip
     """Merges with what was computed before, and writes; see `triton_forward.forward_kernel`."""
     out, lse, before_out, before_lse, first_lse = results
@@ -383,11 +388,11 @@ def _write(
             gl.store(row_places(before_lse, b, h, row), new_lse * LN2, mask=rows_inside)
         else:
             result = acc.to(out[0].dtype.element_ty)
-            gl.store(_places(out, b, h, start, DV_PAD, O), result, mask=inside)
+            _store(out, result, b, h, start, q_len, DV, DV_PAD, O, WHOLE)
             gl.store(row_places(lse, b, h, row), new_lse * LN2, mask=rows_inside)
     else:
         result = acc.to(out[0].dtype.element_ty)
-        gl.store(_places(out, b, h, start, DV_PAD, O), result, mask=inside)
+        _store(out, result, b, h, start, q_len, DV, DV_PAD, O, WHOLE)
         gl.store(row_places(lse, b, h, row), new_lse * LN2, mask=rows_inside)
 
 
@@ -395,35 +400,36 @@ def _write(
     do_not_specialize=[
         "q_len", "q_limit", "kv_limit", "heads", "group", "blocks",
         "row_stride_b", "row_stride_h", "kv_stride_b", "together", "total_heads",
-        "quota", "spread", "q_blocks", "parted",
+        "quota", "spread",
     ]
 )  # fmt: skip
 def hopper_forward_kernel(
-    q, k, v, out, lse, before_out, before_lse, first_lse, counters, flags, score_tables, scale,
+    q, k, v, out, lse, before_out, before_lse, first_lse, counters, score_tables, scale,
     rows, runs, order, turns, q_starts, kv_starts, mask_tables,
     q_len, q_limit, kv_limit, heads, group, blocks,
     row_stride_b, row_stride_h, kv_stride_b, together, total_heads, sections, quota,
-    spread, q_blocks, parted,
+    spread,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
-    STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr, PIECES: gl.constexpr,
+    STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    AHEAD: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: `(programs,)`; program i takes up to `quota + i % spread` tiles.
 
     q, k, v: descriptors of `[1, 1, 64 or BLOCK_N, padded dim]`. counters: int32 `[2]`, zeros
-    before and after. together, total_heads, sections: see `head_and_place`. PIECES: some rows are
-    in pieces (`pieces`), `parted` blocks of queries of each head, of `q_blocks`; flags: zeros,
-    int32, for each group of warps of their tiles. The rest as in `triton_forward.forward_kernel`.
+    before and after. together, total_heads, sections: see `head_and_place`. AHEAD: shared memory
+    is left to load the next tile's queries while a tile is computed, and to write whole rows. The
+    rest as in `triton_forward.forward_kernel`.
     """
-    q_buffers = gl.allocate_shared_memory(q.dtype, [GROUPS] + q.block_type.shape, q.layout)
+    Q_STAGES: gl.constexpr = 2 if AHEAD else 1
+    q_buffers = gl.allocate_shared_memory(q.dtype, [Q_STAGES * GROUPS] + q.block_type.shape, q.layout)
     k_buffers = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
     v_buffers = gl.allocate_shared_memory(v.dtype, [STAGES] + v.block_type.shape, v.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], barrier)
-    q_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], barrier)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * GROUPS, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * GROUPS, 1], barrier)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     words_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
@@ -431,7 +437,7 @@ def hopper_forward_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     words = gl.allocate_shared_memory(gl.int32, [2 * WORDS, 1], plain)
     positions = gl.allocate_shared_memory(gl.int32, [STAGES, 1], plain)
-    for i in gl.static_range(GROUPS):
+    for i in gl.static_range(Q_STAGES * GROUPS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -448,29 +454,27 @@ def hopper_forward_kernel(
     lengths = (q_len, q_limit, kv_limit)
     shape = (
         heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together, total_heads,
-        sections, quota, spread, q_blocks,
+        sections, quota, spread,
     )  # fmt: skip
     # Both times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(
         [
             (_consume, (
-                q, (out, lse, before_out, before_lse, first_lse), (flags, parted), shared,
-                lengths, heads,
+                q, (out, lse, before_out, before_lse, first_lse), shared, lengths, heads,
                 score_tables, mask_tables, scale,
                 mask_mod, score_mod, PARTIAL, MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST,
-                PIECES, TILES_M, BLOCK_N, D_PAD, DV, DV_PAD, STAGES, 0,
+                BLOCK_N, D_PAD, DV, DV_PAD, STAGES, AHEAD, 0,
             )),
             (_consume, (
-                q, (out, lse, before_out, before_lse, first_lse), (flags, parted), shared,
-                lengths, heads,
+                q, (out, lse, before_out, before_lse, first_lse), shared, lengths, heads,
                 score_tables, mask_tables, scale,
                 mask_mod, score_mod, PARTIAL, MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST,
-                PIECES, TILES_M, BLOCK_N, D_PAD, DV, DV_PAD, STAGES, 1,
+                BLOCK_N, D_PAD, DV, DV_PAD, STAGES, AHEAD, 1,
             )),
             (_produce, (
                 q, k, v, shared, lists, shape,
-                score_mod, PARTIAL, IN_ORDER, IN_PLACE, STAGED, PIECES,
-                BLOCK_N, TILES_M, TILES_N, STAGES,
+                score_mod, PARTIAL, IN_ORDER, IN_PLACE, STAGED, BLOCK_N, TILES_M, TILES_N, STAGES,
+                AHEAD,
             )),
         ],
         [4, 1],

@@ -52,33 +52,6 @@ def wait_for(barrier, THREADS: gl.constexpr):
 
 
 @gluon.jit
-def signal(flag):
-    """Every thread adds 1 to `*flag`; who sees it sees what the thread has written."""
-    return gl.inline_asm_elementwise(
-        "red.release.gpu.global.add.s32 [$1], 1; mov.u32 $0, 0;",
-        "=r,l",
-        [flag.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def wait_until(flag, value):
-    """Every thread waits until `*flag` is at least `value`."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred waits; again: ld.acquire.gpu.global.s32 $0, [$1]; "
-        "setp.lt.s32 waits, $0, $2; @waits bra again; }",
-        "=&r,l,r",
-        [flag.to(gl.int64), value],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
 def uniform(value):
     """A number that all threads have alike, in a form that the assembler keeps once per warp."""
     return gl.inline_asm_elementwise(

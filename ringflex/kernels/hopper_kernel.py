@@ -21,7 +21,6 @@ from torch import Tensor
 from ringflex.kernels import triton_kernel
 from ringflex.kernels.block_lists import BlockLists, half_of, key_lists, query_lists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
-from ringflex.kernels.device_arrays import to_device
 from ringflex.kernels.hopper_backward import hopper_backward_kernel
 from ringflex.kernels.hopper_forward import hopper_forward_kernel
 from ringflex.kernels.hopper_launch import (
@@ -35,7 +34,7 @@ from ringflex.kernels.hopper_launch import (
     queue,
 )
 from ringflex.kernels.mod_tables import gradient_arguments
-from ringflex.kernels.pieces import keys_in_pieces, queries_in_pieces, tail_of
+from ringflex.kernels.pieces import keys_in_pieces, tail_of
 from ringflex.kernels.stages import Stage
 from ringflex.kernels.triton_kernel import RowTerms, round_queries, sum_of_queries
 from ringflex.kernels.triton_launch import Prepared
@@ -82,27 +81,21 @@ def forward(
         triton_kernel.forward(q, k, v, mask, score, scale, before, after, options, stage, running)
         return
     mod = score_mod(score, q.device, options)
+    merge = Merge.of(before, after, stage, running)
     score_function = None if mod is None else mod.function()
     if mod is None and scale <= 0:  # the kernel takes a positive scale out of the maximum
         score_function = unchanged
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_n = 128 if max(D, Dv) <= 128 else 64
-    tiles_m, tiles_n = mask.block_size[0] // _STAYS, mask.block_size[1] // block_n
-    heads = setup.batch * setup.heads
-    lists, turns, tail = _lists_of_queries(setup, stage, heads * tiles_m, before is None, q.device)
-    if tail and stage is None:  # where pieces of the first rows add up
-        length = min(tail * mask.block_size[0], q.shape[2])
-        running = Partial(
-            q.new_empty(*q.shape[:2], length, Dv, dtype=torch.float32),
-            q.new_empty(*q.shape[:2], length, dtype=torch.float64),
-        )
-    merge = Merge.of(before, after, stage is not None or tail > 0, running)
     key = ("hopper forward", kind_of(mod), score_function, merge.key, stage, beside)
     ready = setup.prepared.get(key)
     if ready is None:
-        # Pieces in the order of their numbers.
-        lists, sections = in_sections(lists, tiles_m, heads, q.device, backwards=not tail)
+        lists = query_lists(mask, q.device, stage)
+        tiles_m, tiles_n = mask.block_size[0] // _STAYS, mask.block_size[1] // block_n
+        heads = setup.batch * setup.heads
+        lists, sections = in_sections(lists, tiles_m, heads, q.device, backwards=True)
         stages = 4 if max(D, Dv) <= 64 else 2
+        ahead = _ahead(setup, lists, score_function is not None)
         per_block = _STAYS * mask.block_size[1] * 2 * (D + Dv)  # FLOP
         flops = float(lists.work.sum()) * heads * tiles_m * per_block
         programs, *quota = queue(
@@ -112,53 +105,30 @@ def forward(
             hopper_forward_kernel,
             (programs, 1, 1),
             (
-                lists.rows, lists.runs, lists.order, turns, setup.positions.q, setup.positions.kv,
-                setup.mask_mod.tables,
+                *setup.query_lists(lists, stage), setup.mask_mod.tables,
                 setup.lengths[0], *setup.lengths[2:], setup.heads, setup.group, lists.places,
                 *setup.row_strides(lists), setup.kv_stride,
-                setup.group, heads, sections, *quota, mask.q_blocks, tail,
+                setup.group, heads, sections, *quota,
             ),
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
-                setup.positions.kv_in_order, *merge.constants, tail > 0,
-                block_n, tiles_m, tiles_n, D_PAD, Dv, DV_PAD, stages, *_REGISTERS,
+                setup.positions.kv_in_order, *merge.constants,
+                block_n, tiles_m, tiles_n, D_PAD, Dv, DV_PAD, stages, ahead, *_REGISTERS,
             ),
             Tile(_STAYS, block_n, 4, stages),
         )  # fmt: skip
         setup.keep(key, ready)
-    flags = turns
-    if tail:
-        flags = torch.zeros(heads * tail * tiles_m * 2, dtype=torch.int32, device=q.device)
     ready(
         described(q, _GROUP, D_PAD), described(k, block_n, D_PAD), described(v, block_n, DV_PAD),
-        *merge.arguments, counters(q.device), flags, () if mod is None else mod.arguments, scale,
+        *merge.arguments, counters(q.device), () if mod is None else mod.arguments, scale,
     )  # fmt: skip
 
 
-def _lists_of_queries(
-    setup: Setup, stage: Stage | None, per_row: int, alone: bool, device: torch.device
-) -> tuple[BlockLists, Tensor, int]:
-    """Of a forward: lists, turns (int32; without a stage anything), and how many rows of a group
-    are in pieces. Kept on the mask.
-
-    alone: merges with nothing before.
-    """
-    mask = setup.mask
-    lists = query_lists(mask, device, stage)
-    if stage is None and not alone:
-        return lists, lists.order, 0
-    cache = mask.cache if stage is None else stage.cache
-    key = ("queries", per_row, device)
-    if key not in cache:
-        tail = tail_of(lists, per_row, device)
-        if tail is None:
-            cache[key] = lists, lists.order if stage is None else stage.on(device), 0
-        else:
-            turns = None if stage is None else stage.turns
-            lists, turns = queries_in_pieces(mask, lists, turns, tail, device)
-            cache[key] = lists, to_device(turns, device), tail.rows
-    found: tuple[BlockLists, Tensor, int] = cache[key]
-    return found
+def _ahead(setup: Setup, lists: BlockLists, scored: bool) -> bool:
+    """Whether a forward loads queries a tile ahead, and writes whole rows: 1.5 to 2 us less for a
+    tile. Not where the assembler's main loop takes longer for it, by measurement."""
+    largest = max(setup.dims[0], setup.dims[2])
+    return not scored and largest <= (64 if setup.has_partial(lists) else 128)
 
 
 def row_terms(

@@ -17,7 +17,6 @@ import torch
 
 from ringflex.kernels.block_lists import BlockLists, blocks_per_row, from_the_end, lists_of
 from ringflex.kernels.hopper_launch import multiprocessors
-from ringflex.kernels.stages import ACTIVE, BEGINS, ENDS, PIECE, SLOT
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array, Runs, counting
 
@@ -61,36 +60,6 @@ def _time(whole: int, rows: int, pieces: int, per_row: int, at_once: int) -> flo
         taken += 1
         waiting -= at_once if taken > missed else at_once - busy
     return rounds * (1 + _MORE) + taken * each
-
-
-def queries_in_pieces(
-    mask: BlockMask, lists: BlockLists, turns: Array | None, tail: Tail, device: torch.device
-) -> tuple[BlockLists, Array]:
-    """Lists with rows for pieces, and the turns of all rows, int32, flat.
-
-    Args:
-        lists, turns: of a step; turns None: of a launch alone, whose first rows are parted.
-    """
-    groups = mask.B * mask.H
-    chosen = np.zeros((groups, lists.blocks), dtype=bool)
-    if turns is None:
-        chosen[:, : tail.rows] = True
-        whole = np.full(chosen.shape, ACTIVE | BEGINS | ENDS)
-    else:
-        last = lists.order_here[:, lists.places - tail.rows : lists.places]
-        np.put_along_axis(chosen, last, True, axis=1)
-        whole = turns.reshape(chosen.shape)
-    found = _in_pieces(mask.full, mask.partial, chosen, tail.pieces, device)
-    slot = np.cumsum(chosen, axis=1) - 1
-    made = [np.where(chosen, 0, whole)]
-    for piece in range(tail.pieces):
-        turn = ACTIVE | (piece + 1) << PIECE | slot << SLOT
-        if piece == 0:
-            turn = turn | whole & BEGINS
-        if piece == tail.pieces - 1:
-            turn = turn | whole & ENDS
-        made.append(np.where(chosen, turn, 0))
-    return found, np.stack(made, axis=1).astype(np.int32).reshape(-1)
 
 
 def keys_in_pieces(

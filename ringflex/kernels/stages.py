@@ -21,7 +21,6 @@ from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array
 
 BEGINS, ENDS, ACTIVE = 1, 2, 4  # bits of a turn
-PIECE, SLOT = 8, 16  # above these bits, of a row in pieces: which it is, plus 1; number of the row
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -13,7 +13,6 @@ import triton.language as tl
 from ringflex.kernels import stages
 
 BEGINS, ENDS = tl.constexpr(stages.BEGINS), tl.constexpr(stages.ENDS)
-PIECE, SLOT = tl.constexpr(stages.PIECE), tl.constexpr(stages.SLOT)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum over nothing that is not -inf, so that

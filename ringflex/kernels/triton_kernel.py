@@ -66,7 +66,7 @@ def forward(
     """See `contract`."""
     setup, q, k, v = _setup(q, k, v, mask, options)
     mod = score_mod(score, q.device, options)
-    merge = Merge.of(before, after, stage is not None, running)
+    merge = Merge.of(before, after, stage, running)
     starts = alignment(q, k, v)
     tma = setup.describable and not starts
     D, D_PAD, DV, DV_PAD = setup.dims

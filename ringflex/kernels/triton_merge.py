@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ringflex.kernels.contract import Partial
+from ringflex.kernels.stages import Stage
 from ringflex.kernels.triton_setup import alignment, encoded_rows, strided
 
 
@@ -32,14 +33,14 @@ class Merge(NamedTuple):
 
     @classmethod
     def of(
-        cls, before: Partial | None, after: Partial, staged: bool, running: Partial | None
+        cls, before: Partial | None, after: Partial, stage: Stage | None, running: Partial | None
     ) -> Merge:
-        """From what a forward is given, see `contract`; staged: there is a stage."""
+        """From what a forward is given, see `contract`."""
         out, lse = after
         assert out is not None
         first_lse = lse if before is None else before.lse
-        with_first = staged and before is not None
-        if staged:  # with what is running, or, where a query begins, with first_lse
+        with_first = stage is not None and before is not None
+        if stage is not None:  # with what is running, or, where a query begins, with first_lse
             assert running is not None and (before is None or before.out is None)
             before = running
         before_out = out if before is None or before.out is None else before.out
@@ -48,7 +49,7 @@ class Merge(NamedTuple):
         in_place = with_out and before_out is out and before_lse is lse
         return cls(
             out, lse, before_out, before_lse, first_lse,
-            with_out, before is not None, in_place, staged, with_first,
+            with_out, before is not None, in_place, stage is not None, with_first,
         )  # fmt: skip
 
     @property

@@ -98,7 +98,7 @@ def few() -> list[tuple[Case, str]]:
 def check(case: Case, strategy: str) -> None:
     """On one device, or by two ranks simulated in this process, whose results merge. In the
     backward heads of a group are apart with an odd seed, and together with an even one; the queries
-    are parted with every third seed; and a row is in pieces with three of four, if it can be."""
+    are parted with every third seed; and a row of keys, if it can be, with three of four."""
     even = 2.0 if case.seed % 2 else 0.0
     stretches = lambda *_: 3 if case.seed % 3 == 2 else 1
 
