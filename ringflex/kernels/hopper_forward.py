@@ -334,12 +334,12 @@ def _store(
 
     WHOLE: halves are arranged in shared memory, so that a warp writes whole rows.
     """
-    if WHOLE and value.dtype.primitive_bitwidth == 16:
-        LANES: gl.constexpr = DV_PAD // 8
-        LAYOUT: gl.constexpr = gl.BlockedLayout([LANES // 2, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    LANES: gl.constexpr = DV_PAD // 8
+    IN_ROWS: gl.constexpr = gl.BlockedLayout([LANES // 2, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    WIDE: gl.constexpr = WHOLE and value.dtype.primitive_bitwidth == 16
+    LAYOUT: gl.constexpr = IN_ROWS if WIDE else O
+    if WIDE:
         value = gl.convert_layout(value, LAYOUT)
-    else:
-        LAYOUT: gl.constexpr = O
     inside = (start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)) < q_len)[:, None]
     if DV < DV_PAD:
         inside = inside & (gl.arange(0, DV_PAD, layout=gl.SliceLayout(0, LAYOUT)) < DV)[None, :]
@@ -424,12 +424,13 @@ def hopper_forward_kernel(
     rest as in `triton_forward.forward_kernel`.
     """
     Q_STAGES: gl.constexpr = 2 if AHEAD else 1
-    q_buffers = gl.allocate_shared_memory(q.dtype, [Q_STAGES * GROUPS] + q.block_type.shape, q.layout)
+    QUERIES: gl.constexpr = Q_STAGES * GROUPS
+    q_buffers = gl.allocate_shared_memory(q.dtype, [QUERIES] + q.block_type.shape, q.layout)
     k_buffers = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
     v_buffers = gl.allocate_shared_memory(v.dtype, [STAGES] + v.block_type.shape, v.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * GROUPS, 1], barrier)
-    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * GROUPS, 1], barrier)
+    q_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], barrier)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     words_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
@@ -437,7 +438,7 @@ def hopper_forward_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     words = gl.allocate_shared_memory(gl.int32, [2 * WORDS, 1], plain)
     positions = gl.allocate_shared_memory(gl.int32, [STAGES, 1], plain)
-    for i in gl.static_range(Q_STAGES * GROUPS):
+    for i in gl.static_range(QUERIES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):

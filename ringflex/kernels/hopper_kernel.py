@@ -95,7 +95,7 @@ def forward(
         heads = setup.batch * setup.heads
         lists, sections = in_sections(lists, tiles_m, heads, q.device, backwards=True)
         stages = 4 if max(D, Dv) <= 64 else 2
-        ahead = _ahead(setup, lists, score_function is not None)
+        ahead = _ahead(setup, lists, alone=score_function is None and stage is None)
         per_block = _STAYS * mask.block_size[1] * 2 * (D + Dv)  # FLOP
         flops = float(lists.work.sum()) * heads * tiles_m * per_block
         programs, *quota = queue(
@@ -124,11 +124,15 @@ def forward(
     )  # fmt: skip
 
 
-def _ahead(setup: Setup, lists: BlockLists, scored: bool) -> bool:
+def _ahead(setup: Setup, lists: BlockLists, alone: bool) -> bool:
     """Whether a forward loads queries a tile ahead, and writes whole rows: 1.5 to 2 us less for a
-    tile. Not where the assembler's main loop takes longer for it, by measurement."""
+    tile. Not where the main loop takes longer for it, as the assembler then orders it in another
+    way; by measurement.
+
+    alone: without a score mod, and not of several steps.
+    """
     largest = max(setup.dims[0], setup.dims[2])
-    return not scored and largest <= (64 if setup.has_partial(lists) else 128)
+    return alone and largest <= (64 if setup.has_partial(lists) else 128)
 
 
 def row_terms(
