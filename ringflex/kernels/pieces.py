@@ -1,11 +1,9 @@
-"""The last rows of a launch in pieces, so that all multiprocessors end at about the same time.
+"""The last rows of a backward in pieces, so that all multiprocessors end at about the same time.
 
 Tiles of like work come in rounds, one to each multiprocessor, and the last round may be of a few
 only: 4,096 tiles on 132 multiprocessors are 31 rounds and 4 tiles, which take 3% of the time.
-Parted along the keys, as in "Stream-K" (Osama et al., 2023), these few keep all busy.
-
-Pieces of a row of queries merge one after the other, each with the result of those before; so that
-none waits for one that is not begun, the queue has them in that order.
+Parted along the queries, as in "Stream-K" (Osama et al., 2023), these few keep all busy; what they
+find of dK and dV adds up.
 """
 
 from __future__ import annotations
@@ -65,21 +63,13 @@ def _time(whole: int, rows: int, pieces: int, per_row: int, at_once: int) -> flo
 def keys_in_pieces(
     mask: BlockMask, lists: BlockLists, tail: Tail, device: torch.device
 ) -> BlockLists:
-    """Lists of keys, descending, whose last rows are parted."""
-    chosen = np.zeros((mask.B * mask.H, lists.blocks), dtype=bool)
+    """Lists of keys, descending, whose last rows are parted: row `r` of a group becomes rows
+    `(1 + piece) * rows + r`, the others remain. No piece is larger than one before."""
+    groups, count, pieces = mask.B * mask.H, lists.blocks, tail.pieces
     last = lists.order_here[:, lists.places - tail.rows : lists.places]
-    np.put_along_axis(chosen, last, True, axis=1)
+    chosen: Array = np.zeros(groups * count, dtype=bool)
+    np.put_along_axis(chosen.reshape(groups, count), last, True, axis=1)
     full, partial = (from_the_end(runs, mask.q_blocks) for runs in mask.transpose())
-    return _in_pieces(full, partial, chosen, tail.pieces, device)
-
-
-def _in_pieces(
-    full: Runs, partial: Runs, chosen: Array, pieces: int, device: torch.device
-) -> BlockLists:
-    """A row `r` that is `chosen` `[groups, rows]` becomes rows `(1 + piece) * rows + r`; the others
-    remain. No piece is larger than one before."""
-    groups, count = chosen.shape
-    chosen = chosen.reshape(-1)
     before = blocks_per_row(partial)
     work = before + blocks_per_row(full)
     size, larger = np.divmod(work, pieces)  # the first `larger` pieces have one block more
