@@ -154,16 +154,17 @@ def stress(device: torch.device) -> None:
         length, (mask, D) = random_problem(r, device)
         whole = [torch.randn(1, h, length, D, device=device).bfloat16() for h in (4, 2, 2, 4)]
         layout, strategy = r.choice(LAYOUTS), r.choice(EVERY_STRATEGY)
+        block_size = r.choice((64, 128))
         plan = rf.plan(
-            mask, length, groups[step % 2], layout=layout, strategy=strategy, block_size=64,
-            machine=nodes(strategy),
+            mask, length, groups[step % 2], layout=layout, strategy=strategy,
+            block_size=block_size, machine=nodes(strategy),
         )  # fmt: skip
         busy = dist.all_reduce(gradients, group=others, async_op=True)
         found = run_sharded(plan, whole, None, [])
         busy.wait()
         gradients.fill_(1)
         alone = [x.requires_grad_() for x in whole[:3]]
-        block_mask = rf.create_block_mask(mask, None, None, length, length, BLOCK_SIZE=64)
+        block_mask = rf.create_block_mask(mask, None, None, length, length, BLOCK_SIZE=block_size)
         out = rf.flex_attention(*alone, block_mask=block_mask, enable_gqa=True)
         wanted = [out, *torch.autograd.grad(out, alone, whole[3])]
         for name, x, want in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):

@@ -1,5 +1,6 @@
-"""200 random cases for several GPUs, of few enough kinds that kernels compile in a minute: no mask
-or score here has a number in it that differs from case to case.
+"""200 random cases for several GPUs, of few enough kinds that kernels compile in a minute or two:
+no mask or score here has a number in it that differs from case to case. Half of them are in blocks
+of 64, which the portable kernels compute, and half in blocks of 128, for Hopper's where there are.
 
     PYTHONPATH=tests python tests/gpu/random_cases.py 0   # those of the first kind, simulated
 
@@ -15,7 +16,7 @@ import torch
 
 import ringflex as rf
 from attention_cases import LAYOUTS, STRATEGIES, Case, assert_equals_reference
-from ringflex.kernels import triton_kernel
+from ringflex.kernels import hopper_kernel, triton_kernel
 from simulated_ranks import run_ranks
 
 COUNT = 200
@@ -43,10 +44,11 @@ def random_cases(count: int = COUNT) -> list[RandomCase]:
     made = []
     for i in range(count):
         mask, score, dtype, (D, Dv) = KINDS[i % len(KINDS)]
+        block_size = 64 << i // len(KINDS) % 2
         Hkv = r.choice([1, 2])
         case = Case(
             mask=mask, score=score, dtype=dtype, D=D, Dv=Dv, Hkv=Hkv, Hq=Hkv * r.choice([1, 2, 4]),
-            B=r.choice([1, 2]), seq_len=r.randint(1, 600), block_size=64,
+            B=r.choice([1, 2]), seq_len=r.randint(1, 600), block_size=block_size,
             bshd=r.random() < 0.3, sinks=False, seed=i,
         )  # fmt: skip
         made.append(RandomCase(case, r.choice(LAYOUTS), r.choice(STRATEGIES)))
@@ -54,6 +56,7 @@ def random_cases(count: int = COUNT) -> list[RandomCase]:
 
 
 def simulate(kind: int) -> None:
+    hopper = torch.cuda.get_device_capability()[0] == 9
     for case, layout, strategy in random_cases()[kind :: len(KINDS)]:
         p = case.build(device=torch.device("cuda"))
         plans = rf.plan_all(
@@ -61,7 +64,8 @@ def simulate(kind: int) -> None:
             layout=layout, strategy=strategy, block_size=case.block_size,
             machine=rf.Machine(at_once=case.seed % 2 * 65536),
         )  # fmt: skip
-        found = run_ranks(plans, triton_kernel, p.q, p.k, p.v, p.dout, p.score)
+        kernel = hopper_kernel if hopper and case.block_size == 128 else triton_kernel
+        found = run_ranks(plans, kernel, p.q, p.k, p.v, p.dout, p.score)
         assert_equals_reference(case, found, f"{layout} {strategy}")
     print(f"simulated ranks agree with fp64: {KINDS[kind]}", flush=True)
 
