@@ -15,8 +15,8 @@ A kernel is a module with
   the two may be the same tensors.
 - Where K/V arrives in steps, `stage` says which queries begin with this one and merge with
   `before`, and which end with it and go to `after`; in between a result is in `running`: out in the
-  compute dtype, lse in fp64, so that its rounding does not add up. What is in `after` is rounded
-  once.
+  compute dtype, lse in fp64, so that its rounding does not add up; None if all that see this one
+  begin and end with it. What is in `after` is rounded once.
 - `beside`: transfers may be under way meanwhile, which need a few multiprocessors of the GPU.
 - `row_terms` turns the **global** out, lse and their gradients into what `backward` needs of each
   query, once for all steps: among it `delta = dout . out - dlse`, `[B, Hq, q_len or more]`.

@@ -63,8 +63,13 @@ def forward(
 ) -> None:
     """See `contract`."""
     if stage is not None:
-        assert running is not None and running.out is not None and after.out is not None
-        assert before is None or before.out is None
+        assert after.out is not None and (before is None or before.out is None)
+        if running is None:
+            running = Partial(
+                torch.empty_like(after.out, dtype=compute_dtype(q.dtype)),
+                torch.empty_like(after.lse, dtype=torch.float64),
+            )
+        assert running.out is not None
         stage.begin(running.out, 0.0)
         stage.begin(running.lse, -torch.inf if before is None else before.lse)
         forward(q, k, v, mask, score, scale, running, running, options)

@@ -33,6 +33,7 @@ from attention_cases import (
 from ringflex.kernels import hopper_kernel
 from ringflex.kernels.block_lists import BlockLists
 from ringflex.kernels.pieces import Tail
+from ringflex.parallel import waiting
 from simulated_ranks import run_ranks
 
 RANDOM = 500
@@ -98,7 +99,8 @@ def few() -> list[tuple[Case, str]]:
 def check(case: Case, strategy: str) -> None:
     """On one device, or by two ranks simulated in this process, whose results merge. In the
     backward heads of a group are apart with an odd seed, and together with an even one; the queries
-    are parted with every third seed; and a row of keys, if it can be, with three of four."""
+    are parted with every third seed; a row of keys, if it can be, with three of four; and queries
+    wait for K/V that arrives with an odd seed, if they can."""
     even = 2.0 if case.seed % 2 else 0.0
     stretches = lambda *_: 3 if case.seed % 3 == 2 else 1
 
@@ -108,7 +110,8 @@ def check(case: Case, strategy: str) -> None:
         return Tail(1, pieces) if pieces > 1 else None
 
     patches = {"_EVEN": even, "_MANY": 0, "_stretches": stretches, "tail_of": tail}
-    with mock.patch.multiple(hopper_kernel, **patches):
+    free = {"_COPIED": 0.0, "_BEGUN": 0.0, "_HIDDEN": 0.0} if case.seed % 2 else {"_SAVED": 0.0}
+    with mock.patch.multiple(hopper_kernel, **patches), mock.patch.multiple(waiting, **free):
         _check(case, strategy)
 
 
