@@ -38,6 +38,7 @@ _SCORES_IN_FLIGHT = {"cpu": 1 << 20, "cuda": 1 << 26}
 _ELEMENTS_KEPT = 1 << 26  # of a mask evaluated in partial blocks, one byte each
 
 may_overlap = False  # see `contract`
+joins = True  # see `contract`
 
 
 class RowTerms(NamedTuple):
@@ -60,8 +61,11 @@ def forward(
     stage: Stage | None = None,
     running: Partial | None = None,
     beside: bool = False,
+    more: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `contract`."""
+    if more is not None:
+        k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), more, strict=True))
     if stage is not None:
         assert after.out is not None and (before is None or before.out is None)
         if running is None:

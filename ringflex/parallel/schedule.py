@@ -23,7 +23,7 @@ from ringflex.parallel.packing import Messages, Pair
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.steps import Step
 from ringflex.parallel.timeline import computing
-from ringflex.parallel.waiting import launches, with_local
+from ringflex.parallel.waiting import launches
 
 
 def forward(
@@ -40,7 +40,7 @@ def forward(
 ) -> None:
     """Attention over all K/V of the plan, merged with `before`, to `after`; see the contract."""
     assert after.out is not None
-    home, computes = Pair(k, v), launches(plan)
+    home, computes = Pair(k, v), launches(plan, kernel.joins)
     running = None
     if not any(step.mask is not None for step in plan.steps):
         after.out.zero_()
@@ -55,13 +55,12 @@ def forward(
         )
 
     for number, _, held in _Walk(plan, home):
-        mask, stage, local = computes[number]
+        mask, stage, more = computes[number]
         if mask is not None:
-            held = with_local(held, home, local, plan.layout.block_size)
             with computing("forward", number):
                 kernel.forward(
                     q, *held, mask, score, scale, before, after, options, stage, running,
-                    plan.has_transfers,
+                    plan.has_transfers, home if more else None,
                 )  # fmt: skip
 
 

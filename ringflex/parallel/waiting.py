@@ -1,9 +1,9 @@
 """Blocks of queries that wait for K/V that arrives, and see it and the local K/V in one launch.
 
 Such a block would be computed twice, and what it finds at first written and read again in fp32,
-which takes as long as some 7 blocks of K/V. So it is left out of the local step; the buffer of the
-step that it waits for then ends with the local blocks that it sees. Enough blocks stay behind to
-compute while K/V is on its way. Of the forward only: a backward walks the queries of each key.
+which takes as long as some 7 blocks of K/V. So it is left out of the local step; in the step that
+it waits for, the local K/V follow those that arrived. Enough blocks stay behind to compute while
+K/V is on its way. Of the forward only: a backward walks the queries of each key.
 """
 
 from __future__ import annotations
@@ -12,18 +12,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from ringflex.kernels.stages import ACTIVE, BEGINS, ENDS, Stage
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array, Runs
-from ringflex.parallel.packing import Pair
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.steps import Step
 
-# In visible blocks of 128, over all heads: what a block of queries saves, what copying a block of
-# K/V takes, and a copy at all (Hopper, 32 heads of 128 to 8 of K/V).
-_SAVED, _COPIED, _BEGUN = 7.0, 0.6, 50.0
 _HIDDEN = 2.0  # times as long as a transfer takes, what is computed beside it
 
 
@@ -31,13 +26,13 @@ class Launch(NamedTuple):
     """What the forward computes of a step.
 
     Attributes:
-        mask, stage: as of a `Step`; of its buffer, with local blocks behind.
-        local: which, ascending.
+        mask, stage: as of a `Step`.
+        more: its K/V are those of the step's buffer, and behind them the local ones.
     """
 
     mask: BlockMask | None
     stage: Stage | None
-    local: Array
+    more: bool = False
 
     @property
     def merges(self) -> bool:
@@ -48,31 +43,26 @@ class Launch(NamedTuple):
         return bool(((turns != 0) & (turns != ACTIVE | BEGINS | ENDS)).any())
 
 
-def launches(plan: Plan) -> tuple[Launch, ...]:
-    """Of each step of a plan. Kept with it."""
-    key = "launches"
+def launches(plan: Plan, joins: bool) -> tuple[Launch, ...]:
+    """Of each step of a plan. Kept with it.
+
+    joins: a launch may read the K/V of a buffer and the local ones.
+    """
+    key = "launches", joins
     if key not in plan.cache:
-        plan.cache[key] = _launches(plan)
+        plan.cache[key] = _launches(plan, joins)
     found: tuple[Launch, ...] = plan.cache[key]
     return found
 
 
-def _launches(plan: Plan) -> tuple[Launch, ...]:
-    steps = plan.steps
-    made = [Launch(step.mask, step.stage, _NOTHING) for step in steps]
-    first, stage = made[0].mask, made[0].stage
-    if first is None or stage is None:
+def _launches(plan: Plan, joins: bool) -> tuple[Launch, ...]:
+    made = [Launch(step.mask, step.stage) for step in plan.steps]
+    first, stage, _ = made[0]
+    if not joins or first is None or stage is None:
         return tuple(made)
     waits = _waiting(plan, first, stage)  # for which step; 0: for none
-    for number in range(1, len(steps)):
-        rows = waits == number
-        local = np.flatnonzero(_seen(first, rows))
-        worth = _SAVED * rows.sum() / (first.B * first.H)
-        begun = _BEGUN * 128 / plan.layout.block_size
-        if worth > _COPIED * (steps[number].width + local.size) + begun:
-            made[number] = _with_local(steps[number], first, rows, local)
-        else:
-            waits[rows] = 0
+    for number in sorted(set(waits) - {0}):
+        made[number] = _with_local(plan.steps[number], first, waits == number)
     if waits.any():
         made[0] = _without(first, stage, waits > 0)
     return tuple(made)
@@ -118,16 +108,6 @@ def _blocks_of(mask: BlockMask) -> Array:
     return total
 
 
-def _seen(mask: BlockMask, rows: Array) -> Array:
-    """bool: blocks of K/V that some of the rows see."""
-    change = np.zeros(mask.kv_blocks + 1, dtype=np.int64)
-    for runs in (mask.full, mask.partial):
-        mine = rows[runs.row]
-        np.add.at(change, runs.start[mine], 1)
-        np.add.at(change, runs.end[mine], -1)
-    return np.cumsum(change)[:-1] > 0
-
-
 def _without(mask: BlockMask, stage: Stage, rows: Array) -> Launch:
     def select(runs: Runs) -> Runs:
         stay = ~rows[runs.row]
@@ -135,53 +115,33 @@ def _without(mask: BlockMask, stage: Stage, rows: Array) -> Launch:
 
     turns = np.where(rows.reshape(stage.turns.shape), 0, stage.turns).astype(np.int32)
     if not turns.any():
-        return Launch(None, None, _NOTHING)
+        return Launch(None, None)
     mask = replace(mask, full=select(mask.full), partial=select(mask.partial), cache={})
-    return Launch(mask, replace(stage, turns=turns, cache={}), _NOTHING)
+    return Launch(mask, replace(stage, turns=turns, cache={}))
 
 
-def _with_local(step: Step, first: BlockMask, rows: Array, local: Array) -> Launch:
+def _with_local(step: Step, first: BlockMask, rows: Array) -> Launch:
     mask, stage = step.mask, step.stage
     assert mask is not None and stage is not None
-    place = np.zeros(first.kv_blocks, dtype=np.int64)
-    place[local] = mask.kv_blocks + np.arange(local.size)
 
     def join(theirs: Runs, ours: Runs) -> Runs:
         mine = rows[ours.row]
-        start = place[ours.start[mine]]  # what a row sees side by side is so here, too
-        end = start + (ours.end - ours.start)[mine]
         return Runs.from_pieces(
             np.concatenate([theirs.row, ours.row[mine]]),
-            np.concatenate([theirs.start, start]),
-            np.concatenate([theirs.end, end]),
+            np.concatenate([theirs.start, ours.start[mine] + mask.kv_blocks]),
+            np.concatenate([theirs.end, ours.end[mine] + mask.kv_blocks]),
             theirs.rows,
         )
 
     starts = [np.broadcast_to(x, (first.B, x.shape[1])) for x in (mask.kv_starts, first.kv_starts)]
     joined = replace(
         mask,
-        kv_len=mask.kv_len + local.size * mask.block_size[1],
-        kv_starts=np.concatenate([starts[0], starts[1][:, local]], axis=1),
+        kv_len=mask.kv_len + first.kv_len,
+        kv_starts=np.concatenate(starts, axis=1),
         full=join(mask.full, first.full),
         partial=join(mask.partial, first.partial),
         cache={},
     )
     alone = ACTIVE | BEGINS | ENDS
     turns = np.where(rows.reshape(stage.turns.shape), alone, stage.turns).astype(np.int32)
-    return Launch(joined, replace(stage, turns=turns, cache={}), local)
-
-
-def with_local(held: Pair, home: Pair, blocks: Array, block_size: int) -> Pair:
-    """A step's buffer with blocks of the local K/V behind it."""
-    if not blocks.size:
-        return held
-    ends = np.flatnonzero(np.diff(blocks) != 1) + 1
-    pieces = [part * block_size for part in np.split(blocks, ends)]
-    made = []
-    for x, local in zip(held, home, strict=True):
-        parts = [local[:, :, part[0] : part[-1] + block_size] for part in pieces]
-        made.append(torch.cat([x, *parts], dim=2))
-    return Pair(*made)
-
-
-_NOTHING = np.zeros(0, dtype=np.int64)
+    return Launch(joined, replace(stage, turns=turns, cache={}), more=True)
