@@ -208,9 +208,9 @@ def backward(
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_m = 128 if max(D, Dv) <= 64 and mod is None else 64  # what registers allow
     key = (
-        "hopper backward", members, stretches, beside, half, kind_of(mod), score_function,
-        dout.stride(), dk.dtype, dk.stride(), dv.stride(), tuple(wanted), alignment(dk, dv),
-        terms.factor == 1,
+        "hopper backward", members, stretches, g.beside, beside, half, kind_of(mod),
+        score_function, dout.stride(), dk.dtype, dk.stride(), dv.stride(), tuple(wanted),
+        alignment(dk, dv), terms.factor == 1,
     )  # fmt: skip
     ready = setup.prepared.get(key)
     if ready is None:

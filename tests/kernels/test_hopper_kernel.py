@@ -3,6 +3,7 @@
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ import ringflex as rf
 from ringflex.kernels import hopper_kernel, triton_kernel, triton_setup
 from ringflex.kernels.block_lists import BlockLists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
+from ringflex.kernels.stages import ACTIVE, BEGINS, Stage
 from ringflex.kernels.triton_kernel import RowTerms
 from ringflex.kernels.triton_tiles import Architecture
 from ringflex.masks.trace import trace_score
@@ -212,6 +214,44 @@ def test_stretches_add_into_zeros_in_fp32(
     assert (gradients.dk == written).all() and (gradients.dv == written).all()
 
 
+@pytest.mark.parametrize(
+    ("mask", "tokens", "D", "Dv", "score", "staged", "ahead"),
+    [
+        (rf.full(), 256, 128, 128, None, False, True),
+        (rf.full(), 200, 128, 128, None, False, False),  # the last block of keys is partial
+        (rf.causal(), 256, 128, 128, None, False, False),
+        (rf.causal(), 256, 64, 64, None, False, True),
+        (rf.causal(), 256, 64, 128, None, False, False),
+        (rf.causal(), 256, 64, 64, rf.softcap(20.0), False, False),
+        (rf.full(), 256, 256, 256, None, False, False),
+        (rf.full(), 256, 128, 128, None, True, False),
+    ],
+)
+def test_forwards_that_load_ahead(
+    mask: Any, tokens: int, D: int, Dv: int, score: Any, staged: bool, ahead: bool,
+    launches: Launches, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Where it was measured to be faster, and where it fits."""
+    found: list[bool] = []
+    asked = hopper_kernel._ahead
+    monkeypatch.setattr(
+        hopper_kernel, "_ahead", lambda *x, **named: found.append(asked(*x, **named)) or found[-1]
+    )
+    q, k, v, _ = tensors(D, Dv)
+    k, v = k[:, :, :tokens], v[:, :, :tokens]
+    block_mask = rf.create_block_mask(mask, None, None, 256, tokens)
+    traced = None if score is None else trace_score(score, torch.float32)
+    after = Partial(q.new_empty(1, 2, 256, Dv), torch.zeros(1, 2, 256))
+    stage = running = None
+    if staged:
+        stage = Stage(turns=np.full((1, 1, 2), ACTIVE | BEGINS, dtype=np.int32), block_size=128)
+        running = Partial(torch.zeros(1, 2, 256, Dv), torch.zeros(1, 2, 256).double())
+    hopper_kernel.forward(
+        q, k, v, block_mask, traced, 0.125, None, after, KernelOptions(), stage, running
+    )
+    assert found == [ahead]
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_the_queue_knows_the_work(
     apart: bool, launches: Launches, monkeypatch: pytest.MonkeyPatch
@@ -293,12 +333,16 @@ def test_halves_make_the_whole(
     assert shared == rows
 
 
-def test_launches_with_heads_together_and_apart_are_two(
-    launches: Launches, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("heads", [(1, 2), (1, 1)])
+def test_launches_beside_transfers_and_alone_are_two(
+    heads: tuple[int, int], launches: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One adds to dK and dV, the other writes them, in fp32 both: neither may be taken for the
-    other."""
-    monkeypatch.setattr(hopper_kernel, "_heads_of_a_tile", lambda *x: 1 if x[2] else 2)
+    """Heads apart beside transfers: that one adds to dK and dV, which the other writes, in fp32
+    both. Heads apart in both: only the one alone may have rows in pieces."""
+    beside_heads, alone_heads = heads
+    monkeypatch.setattr(
+        hopper_kernel, "_heads_of_a_tile", lambda *x: beside_heads if x[2] else alone_heads
+    )
     q, k, v, dout = tensors()
     mask = rf.create_block_mask(rf.full(), None, None, 256, 256)
     terms = RowTerms(*(torch.zeros(1, 2, 256) for _ in range(2)))
