@@ -63,6 +63,10 @@ def groups() -> Iterator[list[tuple[Case, str]]]:
         yield [(replace(BASE, mask="causal documents", score=score, dtype=torch.float16), "")]
     for D, Dv in DIMS:
         yield [(replace(BASE, mask="tree", D=D, Dv=Dv, seq_len=n), "") for n in (1, 128, 513)]
+    # Whole blocks of keys only, for which there is a forward of its own.
+    whole = replace(BASE, mask="full", D=128, Dv=128)
+    for sinks in (False, True):
+        yield [(replace(whole, sinks=sinks, dlse=not sinks, seq_len=n), "") for n in (128, 640)]
     r = random.Random(1)
     for i, (mask, score, dtype, (D, Dv)) in enumerate(KINDS):
         cases = []

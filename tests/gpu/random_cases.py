@@ -44,7 +44,7 @@ def random_cases(count: int = COUNT) -> list[RandomCase]:
     made = []
     for i in range(count):
         mask, score, dtype, (D, Dv) = KINDS[i % len(KINDS)]
-        block_size = 64 << i // len(KINDS) % 2
+        block_size = (64, 128)[i // len(KINDS) % 2]
         Hkv = r.choice([1, 2])
         case = Case(
             mask=mask, score=score, dtype=dtype, D=D, Dv=Dv, Hkv=Hkv, Hq=Hkv * r.choice([1, 2, 4]),
