@@ -60,8 +60,9 @@ class Configuration:
     Attributes:
         kernel: forward, merge (with a result before), key, query, one_pass, row_terms; staged and
             staged_query: the forward and dQ of one step of several. Those for Hopper:
-            hopper_forward, hopper_merge, hopper_staged, hopper_staged_sinks, hopper_backward,
-            hopper_apart (a backward with the heads of a group apart).
+            hopper_forward, hopper_merge, hopper_staged, hopper_staged_sinks, hopper_staged_more
+            (with K/V in two pairs of tensors), hopper_backward, hopper_apart (a backward with the
+            heads of a group apart).
         mods: "none" (a causal mask), "full" (nor that), "documents" (and causal), "score"
             (softcap), "captures" (documents and ALiBi with gradients), "positions" (biases by
             query and by key, with gradients).
@@ -121,7 +122,7 @@ def hopper_configurations() -> Iterator[Configuration]:
         for mods in ("none", "captures"):
             yield replace(base, kernel="hopper_apart", D=D, Dv=D, mods=mods)
     yield replace(base, kernel="hopper_backward", mods="positions")
-    for kernel in ("hopper_merge", "hopper_staged", "hopper_staged_sinks"):
+    for kernel in ("hopper_merge", "hopper_staged", "hopper_staged_sinks", "hopper_staged_more"):
         yield replace(base, kernel=kernel, mods="none")
     for D, Dv in ((80, 80), (192, 128), (256, 256)):
         yield replace(base, kernel="hopper_forward", D=D, Dv=Dv, mods="none")
@@ -150,7 +151,8 @@ def launch_of(c: Configuration) -> Launch:
         score = trace_score(rf.alibi(slopes), torch.float32)
     if c.mods == "positions":
         score = trace_score(lambda s, b, h, q, kv: s + by_q[q] + by_kv[kv], torch.float32)
-    block_mask = rf.create_block_mask(mask, None, None, S, S)
+    more = (k, v) if c.kernel == "hopper_staged_more" else None
+    block_mask = rf.create_block_mask(mask, None, None, S, 2 * S if more else S)
     options = KernelOptions(backward="one_pass" if c.kernel == "one_pass" else "auto")
     found: list[Launch] = []
 
@@ -175,12 +177,13 @@ def launch_of(c: Configuration) -> Launch:
         if kind.startswith("staged"):
             turns = np.ones((1, 1, block_mask.q_blocks), dtype=np.int32)
             stage = Stage(turns=turns, block_size=block_mask.block_size[0])
-        if kind in ("forward", "merge", "staged", "staged_sinks"):
+        if kind in ("forward", "merge", "staged", "staged_sinks", "staged_more"):
             earlier = Partial(out.float(), lse.double())
             before = {"merge": earlier, "staged_sinks": Partial(None, lse)}.get(kind)
             module.forward(
-                q, k, v, block_mask, score, 0.1, before, Partial(out, lse), options, stage, earlier
-            )
+                q, k, v, block_mask, score, 0.1, before, Partial(out, lse), options, stage,
+                earlier, more=more,
+            )  # fmt: skip
             return found[0]
         terms = module.row_terms(dout, out, lse, None, q, block_mask, score, 0.1, options)
         if c.kernel == "row_terms":

@@ -2,11 +2,13 @@
 
 A kernel is a module with
 
-    forward(q, k, v, mask, score, scale, before, after, options, stage, running, beside)
+    forward(q, k, v, mask, score, scale, before, after, options, stage, running, beside,
+            more)
     row_terms(dout, out, lse, dlse, q, mask, score, scale, options) -> terms
     backward(dout, q, k, v, terms, mask, score, scale, gradients, options)
     has_separate_passes(q, v, options) -> bool
     may_overlap: bool
+    joins: bool
 
 - `q [B, Hq, q_len, D]`, `k [B, Hkv, kv_len, D]`, `v [B, Hkv, kv_len, Dv]`: one dtype, any strides.
 - `mask`: the BlockMask over `q_len` x `kv_len`; `score`: the traced score mod, or None; `scale`.
@@ -15,9 +17,11 @@ A kernel is a module with
   the two may be the same tensors.
 - Where K/V arrives in steps, `stage` says which queries begin with this one and merge with
   `before`, and which end with it and go to `after`; in between a result is in `running`: out in the
-  compute dtype, lse in fp64, so that its rounding does not add up. What is in `after` is rounded
-  once.
+  compute dtype, lse in fp64, so that its rounding does not add up; None if all that see this one
+  begin and end with it. What is in `after` is rounded once.
 - `beside`: transfers may be under way meanwhile, which need a few multiprocessors of the GPU.
+- `more`: K and V that follow k and v, as the mask counts its blocks; whole blocks of both.
+- `joins`: whether `forward` takes `more` without copying k and v.
 - `row_terms` turns the **global** out, lse and their gradients into what `backward` needs of each
   query, once for all steps: among it `delta = dout . out - dlse`, `[B, Hq, q_len or more]`.
 - `backward` adds this K/V's share of the gradients into `gradients`, or overwrites them.

@@ -38,6 +38,7 @@ _SCORES_IN_FLIGHT = {"cpu": 1 << 20, "cuda": 1 << 26}
 _ELEMENTS_KEPT = 1 << 26  # of a mask evaluated in partial blocks, one byte each
 
 may_overlap = False  # see `contract`
+joins = True  # see `contract`
 
 
 class RowTerms(NamedTuple):
@@ -60,11 +61,19 @@ def forward(
     stage: Stage | None = None,
     running: Partial | None = None,
     beside: bool = False,
+    more: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `contract`."""
+    if more is not None:
+        k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), more, strict=True))
     if stage is not None:
-        assert running is not None and running.out is not None and after.out is not None
-        assert before is None or before.out is None
+        assert after.out is not None and (before is None or before.out is None)
+        if running is None:
+            running = Partial(
+                torch.empty_like(after.out, dtype=compute_dtype(q.dtype)),
+                torch.empty_like(after.lse, dtype=torch.float64),
+            )
+        assert running.out is not None
         stage.begin(running.out, 0.0)
         stage.begin(running.lse, -torch.inf if before is None else before.lse)
         forward(q, k, v, mask, score, scale, running, running, options)

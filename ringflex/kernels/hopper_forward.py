@@ -50,7 +50,7 @@ GROUPS = gl.constexpr(2)
 
 @gluon.jit
 def _load_list(
-    loaded, first, previous, k, v, buffers, barriers, positions, b, kv_head, run, tiles, runs,
+    loaded, first, previous, k, v, more, buffers, barriers, positions, b, kv_head, run, tiles, runs,
     kv_starts,
     POSITIONS: gl.constexpr, IN_ORDER: gl.constexpr, BLOCK_N: gl.constexpr, TILES: gl.constexpr,
     STAGES: gl.constexpr,
@@ -67,9 +67,9 @@ def _load_list(
             write_word(positions, slot, position_of(kv_starts, tile, BLOCK_N, TILES, IN_ORDER))
         mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
         row = tile * BLOCK_N
-        tma_load(k, [b, kv_head, row, 0], k_full.index(slot), k_buffers.index(slot))
+        _load(k, more[0], more[2], b, kv_head, row, k_full.index(slot), k_buffers.index(slot))
         if loaded > first:
-            _load_v(v, v_buffers, v_full, b, kv_head, previous, loaded - 1, STAGES)
+            _load_v(v, more, v_buffers, v_full, b, kv_head, previous, loaded - 1, STAGES)
         previous = row
         loaded += 1
         tile, end, run, next_tile, next_end = following_tile(
@@ -79,17 +79,28 @@ def _load_list(
 
 
 @gluon.jit
-def _load_v(v, v_buffers, v_full, b, kv_head, row, number, STAGES: gl.constexpr):
+def _load(x, more, split, b, head, row, full, buffer):
+    """A tile, from row `split` on of `more`; None: of which there is nothing."""
+    if more is None:  # noqa: SIM114
+        tma_load(x, [b, head, row, 0], full, buffer)
+    elif row < split:  # not `or`: of None, there is no comparison
+        tma_load(x, [b, head, row, 0], full, buffer)
+    else:
+        tma_load(more, [b, head, row - split, 0], full, buffer)
+
+
+@gluon.jit
+def _load_v(v, more, v_buffers, v_full, b, kv_head, row, number, STAGES: gl.constexpr):
     slot = number % STAGES
     if number >= STAGES:
         wait_for(FIRST_BARRIER + STAGES + slot, HANDOVER)
     mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
-    tma_load(v, [b, kv_head, row, 0], v_full.index(slot), v_buffers.index(slot))
+    _load(v, more[1], more[2], b, kv_head, row, v_full.index(slot), v_buffers.index(slot))
 
 
 @gluon.jit
 def _produce(
-    q, k, v, shared, lists, shape,
+    q, k, v, more, shared, lists, shape,
     score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     IN_PLACE: gl.constexpr, STAGED: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr, STAGES: gl.constexpr,
@@ -153,16 +164,16 @@ def _produce(
                 first, kv_head, starts = loaded, h // group, kv_starts + b * kv_stride_b
                 if PARTIAL:
                     loaded, previous = _load_list(
-                        loaded, first, previous, k, v, buffers, barriers, positions, b, kv_head,
-                        gl.load(listed), partial, runs, starts,
+                        loaded, first, previous, k, v, more, buffers, barriers, positions, b,
+                        kv_head, gl.load(listed), partial, runs, starts,
                         True, IN_ORDER, BLOCK_N, TILES_N, STAGES,
                     )  # fmt: skip
                 loaded, previous = _load_list(
-                    loaded, first, previous, k, v, buffers, barriers, positions, b, kv_head,
+                    loaded, first, previous, k, v, more, buffers, barriers, positions, b, kv_head,
                     gl.load(listed + 2), full, runs, starts,
                     PARTIAL or score_mod is not None, IN_ORDER, BLOCK_N, TILES_N, STAGES,
                 )  # fmt: skip
-                _load_v(v, v_buffers, v_full, b, kv_head, previous, loaded - 1, STAGES)
+                _load_v(v, more, v_buffers, v_full, b, kv_head, previous, loaded - 1, STAGES)
         work = upcoming
     slot = given % 2
     mbarrier.wait(words_empty.index(slot), (given // 2 & 1) ^ 1)
@@ -399,15 +410,15 @@ def _write(
     do_not_specialize=[
         "q_len", "q_limit", "kv_limit", "heads", "group", "blocks",
         "row_stride_b", "row_stride_h", "kv_stride_b", "together", "total_heads",
-        "quota", "spread",
+        "quota", "spread", "split",
     ]
 )  # fmt: skip
 def hopper_forward_kernel(
-    q, k, v, out, lse, before_out, before_lse, first_lse, counters, score_tables, scale,
-    rows, runs, order, turns, q_starts, kv_starts, mask_tables,
+    q, k, v, more_k, more_v, out, lse, before_out, before_lse, first_lse, counters, score_tables,
+    scale, rows, runs, order, turns, q_starts, kv_starts, mask_tables,
     q_len, q_limit, kv_limit, heads, group, blocks,
     row_stride_b, row_stride_h, kv_stride_b, together, total_heads, sections, quota,
-    spread,
+    spread, split,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
     STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
@@ -418,7 +429,8 @@ def hopper_forward_kernel(
     """Grid: `(programs,)`; program i takes up to `quota + i % spread` tiles.
 
     q, k, v: descriptors of `[1, 1, 64 or BLOCK_N, padded dim]`. counters: int32 `[2]`, zeros
-    before and after. together, total_heads, sections: see `head_and_place`. AHEAD: shared memory
+    before and after. more_k, more_v: as k, v, what follows their `split` rows, or all three None.
+    together, total_heads, sections: see `head_and_place`. AHEAD: shared memory
     is left to load the next tile's queries while a tile is computed, and to write whole rows. The
     rest as in `triton_forward.forward_kernel`.
     """
@@ -474,7 +486,7 @@ def hopper_forward_kernel(
                 BLOCK_N, D_PAD, DV, DV_PAD, STAGES, AHEAD, 1,
             )),
             (_produce, (
-                q, k, v, shared, lists, shape,
+                q, k, v, (more_k, more_v, split), shared, lists, shape,
                 score_mod, PARTIAL, IN_ORDER, IN_PLACE, STAGED, BLOCK_N, TILES_M, TILES_N, STAGES,
                 AHEAD,
             )),

@@ -46,10 +46,11 @@ from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.traced_mod import TracedMod
 
 __all__ = [
-    "backward", "forward", "has_separate_passes", "may_overlap", "row_terms",
+    "backward", "forward", "has_separate_passes", "joins", "may_overlap", "row_terms",
 ]  # fmt: skip
 
 may_overlap = True  # see `contract`
+joins = True  # see `contract`
 _STAYS = 128  # queries of a forward tile, keys of a backward tile
 _GROUP = 64  # of them, to a warpgroup
 _REGISTERS = (240, 24)  # per thread of the consumers and the producer
@@ -74,11 +75,20 @@ def forward(
     stage: Stage | None = None,
     running: Partial | None = None,
     beside: bool = False,
+    more: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `contract`."""
     setup = Setup.of(q, k, v, mask, options)
-    if _by_hand(options) or not setup.describable or alignment(q, k, v):
-        triton_kernel.forward(q, k, v, mask, score, scale, before, after, options, stage, running)
+    inputs = (q, k, v, *(more or ()))
+    if (
+        _by_hand(options)
+        or not setup.describable
+        or alignment(*inputs)
+        or (more and not all(map(describable, more)))
+    ):
+        triton_kernel.forward(
+            q, k, v, mask, score, scale, before, after, options, stage, running, beside, more
+        )
         return
     mod = score_mod(score, q.device, options)
     merge = Merge.of(before, after, stage, running)
@@ -87,7 +97,10 @@ def forward(
         score_function = unchanged
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_n = 128 if max(D, Dv) <= 128 else 64
-    key = ("hopper forward", kind_of(mod), score_function, merge.key, stage, beside)
+    key = (
+        "hopper forward", kind_of(mod), score_function, merge.key, stage, beside,
+        more and tuple(x.stride() for x in more),
+    )  # fmt: skip
     ready = setup.prepared.get(key)
     if ready is None:
         lists = query_lists(mask, q.device, stage)
@@ -108,7 +121,7 @@ def forward(
                 *setup.query_lists(lists, stage), setup.mask_mod.tables,
                 setup.lengths[0], *setup.lengths[2:], setup.heads, setup.group, lists.places,
                 *setup.row_strides(lists), setup.kv_stride,
-                setup.group, heads, sections, *quota,
+                setup.group, heads, sections, *quota, k.shape[2] if more else None,
             ),
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
@@ -120,6 +133,8 @@ def forward(
         setup.keep(key, ready)
     ready(
         described(q, _GROUP, D_PAD), described(k, block_n, D_PAD), described(v, block_n, DV_PAD),
+        described(more[0], block_n, D_PAD) if more else None,
+        described(more[1], block_n, DV_PAD) if more else None,
         *merge.arguments, counters(q.device), () if mod is None else mod.arguments, scale,
     )  # fmt: skip
 

@@ -33,6 +33,7 @@ from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.traced_mod import TracedMod
 
 may_overlap = True  # see `contract`
+joins = False  # see `contract`
 
 
 class RowTerms(NamedTuple):
@@ -62,8 +63,11 @@ def forward(
     stage: Stage | None = None,
     running: Partial | None = None,
     beside: bool = False,
+    more: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See `contract`."""
+    if more is not None:
+        k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), more, strict=True))
     setup, q, k, v = _setup(q, k, v, mask, options)
     mod = score_mod(score, q.device, options)
     merge = Merge.of(before, after, stage, running)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ringflex.kernels.contract import Partial
+from ringflex.kernels.contract import Partial, compute_dtype
 from ringflex.kernels.stages import Stage
 from ringflex.kernels.triton_setup import alignment, encoded_rows, strided
 
@@ -41,8 +42,8 @@ class Merge(NamedTuple):
         first_lse = lse if before is None else before.lse
         with_first = stage is not None and before is not None
         if stage is not None:  # with what is running, or, where a query begins, with first_lse
-            assert running is not None and (before is None or before.out is None)
-            before = running
+            assert before is None or before.out is None
+            before = _never_read(after) if running is None else running
         before_out = out if before is None or before.out is None else before.out
         before_lse = lse if before is None else before.lse
         with_out = before is not None and before.out is not None
@@ -72,3 +73,11 @@ class Merge(NamedTuple):
     def constants(self) -> tuple[bool, ...]:
         """The kernel's: MERGE_OUT, MERGE_LSE, IN_PLACE, STAGED, MERGE_FIRST."""
         return self[5:]
+
+
+def _never_read(after: Partial) -> Partial:
+    """What is running, of nothing: a row of memory in the place of all."""
+    assert after.out is not None
+    row = after.out.new_empty(1, 1, 1, after.out.shape[3], dtype=compute_dtype(after.out.dtype))
+    lse = after.lse.new_empty(1, 1, 1, dtype=torch.float64)
+    return Partial(row.expand(after.out.shape), lse.expand(after.lse.shape))

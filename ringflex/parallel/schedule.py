@@ -23,6 +23,7 @@ from ringflex.parallel.packing import Messages, Pair
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.steps import Step
 from ringflex.parallel.timeline import computing
+from ringflex.parallel.waiting import launches
 
 
 def forward(
@@ -39,26 +40,27 @@ def forward(
 ) -> None:
     """Attention over all K/V of the plan, merged with `before`, to `after`; see the contract."""
     assert after.out is not None
-    computed = sum(step.mask is not None for step in plan.steps)
+    home, computes = Pair(k, v), launches(plan, kernel.joins)
     running = None
-    if not computed:
+    if not any(step.mask is not None for step in plan.steps):
         after.out.zero_()
         if before is None:
             after.lse.fill_(-torch.inf)
         else:
             after.lse.copy_(before.lse)
-    elif computed > 1:
+    elif any(compute.merges for compute in computes):
         running = Partial(
             torch.empty_like(after.out, dtype=compute_dtype(q.dtype)),
             torch.empty_like(after.lse, dtype=torch.float64),
         )
 
-    for number, step, held in _Walk(plan, Pair(k, v)):
-        if step.mask is not None:
+    for number, _, held in _Walk(plan, home):
+        mask, stage, more = computes[number]
+        if mask is not None:
             with computing("forward", number):
                 kernel.forward(
-                    q, *held, step.mask, score, scale, before, after, options, step.stage, running,
-                    plan.has_transfers,
+                    q, *held, mask, score, scale, before, after, options, stage, running,
+                    plan.has_transfers, home if more else None,
                 )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from attention_cases import (
 from ringflex.kernels import hopper_kernel
 from ringflex.kernels.block_lists import BlockLists
 from ringflex.kernels.pieces import Tail
+from ringflex.parallel import waiting
 from simulated_ranks import run_ranks
 
 RANDOM = 500
@@ -102,7 +103,8 @@ def few() -> list[tuple[Case, str]]:
 def check(case: Case, strategy: str) -> None:
     """On one device, or by two ranks simulated in this process, whose results merge. In the
     backward heads of a group are apart with an odd seed, and together with an even one; the queries
-    are parted with every third seed; and a row of keys, if it can be, with three of four."""
+    are parted with every third seed; a row of keys, if it can be, with three of four; and queries
+    wait for K/V that arrives with an odd seed, if they can."""
     even = 2.0 if case.seed % 2 else 0.0
     stretches = lambda *_: 3 if case.seed % 3 == 2 else 1
 
@@ -112,7 +114,11 @@ def check(case: Case, strategy: str) -> None:
         return Tail(1, pieces) if pieces > 1 else None
 
     patches = {"_EVEN": even, "_MANY": 0, "_stretches": stretches, "tail_of": tail}
-    with mock.patch.multiple(hopper_kernel, **patches):
+    hidden = 0.0 if case.seed % 2 else 1e9
+    with (
+        mock.patch.multiple(hopper_kernel, **patches),
+        mock.patch.object(waiting, "_HIDDEN", hidden),
+    ):
         _check(case, strategy)
 
 

@@ -1,0 +1,147 @@
+"""Blocks of queries that wait for K/V that arrives, and see it and the local K/V in one launch.
+
+Such a block would be computed twice, and what it finds at first written and read again in fp32,
+which takes as long as some 7 blocks of K/V. So it is left out of the local step; in the step that
+it waits for, the local K/V follow those that arrived. Enough blocks stay behind to compute while
+K/V is on its way. Of the forward only: a backward walks the queries of each key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from ringflex.kernels.stages import ACTIVE, BEGINS, ENDS, Stage
+from ringflex.masks.block_mask import BlockMask
+from ringflex.masks.runs import Array, Runs
+from ringflex.parallel.plan import Plan
+from ringflex.parallel.steps import Step
+
+_HIDDEN = 2.0  # times as long as a transfer takes, what is computed beside it
+
+
+class Launch(NamedTuple):
+    """What the forward computes of a step.
+
+    Attributes:
+        mask, stage: as of a `Step`.
+        more: its K/V are those of the step's buffer, and behind them the local ones.
+    """
+
+    mask: BlockMask | None
+    stage: Stage | None
+    more: bool = False
+
+    @property
+    def merges(self) -> bool:
+        """Whether it computes for queries that do not both begin and end with it."""
+        if self.stage is None:
+            return False
+        turns = self.stage.turns
+        return bool(((turns != 0) & (turns != ACTIVE | BEGINS | ENDS)).any())
+
+
+def launches(plan: Plan, joins: bool) -> tuple[Launch, ...]:
+    """Of each step of a plan. Kept with it.
+
+    joins: a launch may read the K/V of a buffer and the local ones.
+    """
+    key = "launches", joins
+    if key not in plan.cache:
+        plan.cache[key] = _launches(plan, joins)
+    found: tuple[Launch, ...] = plan.cache[key]
+    return found
+
+
+def _launches(plan: Plan, joins: bool) -> tuple[Launch, ...]:
+    made = [Launch(step.mask, step.stage) for step in plan.steps]
+    first, stage, _ = made[0]
+    if not joins or first is None or stage is None:
+        return tuple(made)
+    waits = _waiting(plan, first, stage)  # for which step; 0: for none
+    for number in sorted(set(waits) - {0}):
+        made[number] = _with_local(plan.steps[number], first, waits == number)
+    if waits.any():
+        made[0] = _without(first, stage, waits > 0)
+    return tuple(made)
+
+
+def _waiting(plan: Plan, first: BlockMask, stage: Stage) -> Array:
+    """For each row of the local mask, the step that it may wait for; int64.
+
+    Rows that see one other step's K/V may, those with the fewest local blocks before others.
+    """
+    sees = np.zeros((len(plan.steps), stage.turns.size), dtype=bool)
+    for row, step in zip(sees, plan.steps, strict=True):
+        if step.stage is not None:
+            row[:] = step.stage.turns.reshape(-1) & ACTIVE != 0
+    one = sees[0] & (sees.sum(axis=0) == 2)
+    waits = np.where(one, np.argmax(sees[1:], axis=0) + 1, 0)
+    work = _blocks_of(first)
+    order = np.argsort(work, kind="stable")
+    order = order[waits[order] > 0]
+    spare = first.visible_blocks - _HIDDEN * first.H * _on_its_way(plan)
+    chosen = order[np.cumsum(work[order]) <= spare]
+    kept = np.zeros_like(waits)
+    kept[chosen] = waits[chosen]
+    return kept
+
+
+def _on_its_way(plan: Plan) -> float:
+    """How long K/V takes to arrive beside the local step, in visible blocks over all heads."""
+    costs, near, far = plan.outline.reads.costs, 0, 0
+    for transfer in plan.steps[1].receives:
+        if transfer.peer // costs.node == plan.rank // costs.node:
+            near += transfer.count
+        else:
+            far += transfer.count
+    return max(costs.near * near, costs.far * far)
+
+
+def _blocks_of(mask: BlockMask) -> Array:
+    """Visible blocks of each row."""
+    total = np.zeros(mask.full.rows, dtype=np.int64)
+    for runs in (mask.full, mask.partial):
+        np.add.at(total, runs.row, runs.end - runs.start)
+    return total
+
+
+def _without(mask: BlockMask, stage: Stage, rows: Array) -> Launch:
+    def select(runs: Runs) -> Runs:
+        stay = ~rows[runs.row]
+        return Runs.from_pieces(runs.row[stay], runs.start[stay], runs.end[stay], runs.rows)
+
+    turns = np.where(rows.reshape(stage.turns.shape), 0, stage.turns).astype(np.int32)
+    if not turns.any():
+        return Launch(None, None)
+    mask = replace(mask, full=select(mask.full), partial=select(mask.partial), cache={})
+    return Launch(mask, replace(stage, turns=turns, cache={}))
+
+
+def _with_local(step: Step, first: BlockMask, rows: Array) -> Launch:
+    mask, stage = step.mask, step.stage
+    assert mask is not None and stage is not None
+
+    def join(theirs: Runs, ours: Runs) -> Runs:
+        mine = rows[ours.row]
+        return Runs.from_pieces(
+            np.concatenate([theirs.row, ours.row[mine]]),
+            np.concatenate([theirs.start, ours.start[mine] + mask.kv_blocks]),
+            np.concatenate([theirs.end, ours.end[mine] + mask.kv_blocks]),
+            theirs.rows,
+        )
+
+    starts = [np.broadcast_to(x, (first.B, x.shape[1])) for x in (mask.kv_starts, first.kv_starts)]
+    joined = replace(
+        mask,
+        kv_len=mask.kv_len + first.kv_len,
+        kv_starts=np.concatenate(starts, axis=1),
+        full=join(mask.full, first.full),
+        partial=join(mask.partial, first.partial),
+        cache={},
+    )
+    alone = ACTIVE | BEGINS | ENDS
+    turns = np.where(rows.reshape(stage.turns.shape), alone, stage.turns).astype(np.int32)
+    return Launch(joined, replace(stage, turns=turns, cache={}), more=True)

@@ -1,0 +1,127 @@
+"""Queries that wait: each sees in one launch what it saw in two, and enough is left meanwhile."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import ringflex as rf
+from mask_zoo import MASKS, MaskCase
+from ringflex.kernels import eager, triton_kernel
+from ringflex.kernels.stages import ACTIVE, BEGINS, ENDS
+from ringflex.parallel import waiting
+from ringflex.parallel.plan import Plan
+from ringflex.parallel.waiting import Launch, launches
+from ringflex.reference import reference_attention_with_gradients
+from simulated_ranks import run_ranks
+
+S, BLOCK = 200, 16
+
+
+@contextmanager
+def hiding(hidden: float = 0.0) -> Iterator[None]:
+    """0: all that can wait."""
+    with mock.patch.object(waiting, "_HIDDEN", hidden):
+        yield
+
+
+def plans(case: MaskCase, world_size: int, strategy: str, **options: Any) -> list[Plan]:
+    B, H = 2 if case.needs_b else None, 4 if case.needs_h else None
+    return rf.plan_all(
+        case.make(S, 2, 4), S, world_size, B=B, H=H, strategy=strategy, block_size=BLOCK, **options
+    )
+
+
+def seen(launch: Launch | Any) -> set[tuple[int, ...]]:
+    """`(batch element, head, query block, global position of the K/V block, state)`."""
+    if launch.mask is None:
+        return set()
+    states = launch.mask.block_map()
+    starts = np.broadcast_to(launch.mask.kv_starts, (launch.mask.B, launch.mask.kv_blocks))
+    return {
+        (int(b), int(h), int(q), int(starts[b, kv]), int(states[b, h, q, kv]))
+        for b, h, q, kv in zip(*np.nonzero(states), strict=True)
+    }
+
+
+@pytest.mark.parametrize("strategy", ["direct", "ring", "all_gather"])
+@pytest.mark.parametrize("case", MASKS, ids=lambda case: case.name)
+def test_the_same_blocks_in_fewer_launches(case: MaskCase, strategy: str) -> None:
+    for world_size in (2, 3):
+        for plan in plans(case, world_size, strategy):
+            with hiding():
+                found = launches(plan, True)
+            assert set().union(*map(seen, found)) == set().union(*map(seen, plan.steps))
+            assert sum(map(len, map(seen, found))) == sum(map(len, map(seen, plan.steps)))
+            if plan.steps[0].stage is None:
+                continue
+            turns = np.stack([x.stage.turns for x in found if x.stage is not None])
+            assert ((turns & BEGINS != 0).sum(axis=0) == 1).all()
+            assert ((turns & ENDS != 0).sum(axis=0) == 1).all()
+            before = np.stack([s.stage.turns for s in plan.steps if s.stage is not None])
+            one_other = (before[0] & ACTIVE != 0) & ((before & ACTIVE != 0).sum(axis=0) == 2)
+            assert ((turns & ACTIVE != 0).sum(axis=0)[one_other] == 1).all()
+
+
+def test_enough_is_left() -> None:
+    for plan in rf.plan_all(rf.causal(), 65_536, 2):
+        found = launches(plan, True)
+        first, last = plan.steps[0].mask, found[0].mask
+        assert first is not None and last is not None
+        arriving = sum(t.count for t in plan.steps[1].receives)
+        least = 2 * plan.outline.reads.costs.near * arriving
+        assert least <= last.visible_blocks < first.visible_blocks / 2
+
+
+def test_kernels_that_cannot() -> None:
+    for plan in rf.plan_all(rf.causal(), 1024, 2):
+        for launch, step in zip(launches(plan, False), plan.steps, strict=True):
+            assert launch.mask is step.mask and launch.stage is step.stage and not launch.more
+
+
+def test_nothing_merges_where_all_wait() -> None:
+    """With a window that reaches into one neighbour."""
+    made = rf.plan_all(rf.sliding_window(40), 512, 4, block_size=16, layout="contiguous")
+    for plan in made[1:]:
+        assert any(Launch(s.mask, s.stage).merges for s in plan.steps)
+        with hiding():
+            assert not any(launch.merges for launch in launches(plan, True))
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "strategy", "sinks", "hidden"),
+    [
+        ("causal", eager, "direct", True, 0.0),
+        ("causal", eager, "ring", False, 0.02),
+        ("sliding window", eager, "direct", True, 0.0),
+        ("documents", eager, "ring", False, 0.0),
+        ("documents", triton_kernel, "direct", True, 0.0),
+    ],
+)
+def test_results(name: str, kernel: ModuleType, strategy: str, sinks: bool, hidden: float) -> None:
+    torch.manual_seed(0)
+    ids = torch.sort(torch.randint(0, 4, (2, S)))[0]
+    masks: dict[str, Callable[..., torch.Tensor]] = {
+        "causal": rf.causal(),
+        "sliding window": rf.causal() & rf.sliding_window(50),
+        "documents": rf.causal() & rf.document(ids),
+    }
+    q, k, v, dout = (torch.randn(2, h, S, 16) for h in (4, 2, 2, 4))
+    sink = torch.randn(4) if sinks else None
+    made = rf.plan_all(masks[name], S, 2, B=2, H=4, strategy=strategy, block_size=BLOCK)
+    with hiding(hidden), mock.patch.object(triton_kernel, "joins", True):
+        assert any(launch.more for plan in made for launch in launches(plan, True))
+        found = run_ranks(made, kernel, q, k, v, dout, sinks=sink)
+    exact = reference_attention_with_gradients(
+        *(x.double() for x in (q, k, v, dout)),
+        mask_mod=masks[name],
+        sinks=None if sink is None else sink.double(),
+    )
+    wanted = (exact.out, exact.lse, exact.dq, exact.dk, exact.dv)
+    for got, want in zip(found[:5], wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
