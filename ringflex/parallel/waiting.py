@@ -71,14 +71,15 @@ def _launches(plan: Plan, joins: bool) -> tuple[Launch, ...]:
 def _waiting(plan: Plan, first: BlockMask, stage: Stage) -> Array:
     """For each row of the local mask, the step that it may wait for; int64.
 
-    Rows that see one other step's K/V may, those with the fewest local blocks before others.
+    Rows that see others' K/V may, for the first of it; those with the fewest local blocks before
+    others.
     """
     sees = np.zeros((len(plan.steps), stage.turns.size), dtype=bool)
     for row, step in zip(sees, plan.steps, strict=True):
         if step.stage is not None:
             row[:] = step.stage.turns.reshape(-1) & ACTIVE != 0
-    one = sees[0] & (sees.sum(axis=0) == 2)
-    waits = np.where(one, np.argmax(sees[1:], axis=0) + 1, 0)
+    may = sees[0] & sees[1:].any(axis=0)
+    waits = np.where(may, np.argmax(sees[1:], axis=0) + 1, 0)
     work = _blocks_of(first)
     order = np.argsort(work, kind="stable")
     order = order[waits[order] > 0]
@@ -142,6 +143,5 @@ def _with_local(step: Step, first: BlockMask, rows: Array) -> Launch:
         partial=join(mask.partial, first.partial),
         cache={},
     )
-    alone = ACTIVE | BEGINS | ENDS
-    turns = np.where(rows.reshape(stage.turns.shape), alone, stage.turns).astype(np.int32)
+    turns = stage.turns | (rows.reshape(stage.turns.shape) * BEGINS).astype(np.int32)
     return Launch(joined, replace(stage, turns=turns, cache={}), more=True)
