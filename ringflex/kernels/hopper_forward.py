@@ -109,7 +109,7 @@ def _produce(
     """The producer warp."""
     BLOCK_M: gl.constexpr = GROUPS * ROWS
     Q_STAGES: gl.constexpr = 2 if AHEAD else 1
-    buffers, barriers, queue, positions, zeros = shared
+    buffers, barriers, queue, positions = shared
     counters, words, words_full, words_empty = queue
     q_buffers, v_buffers = buffers[0], buffers[2]
     q_full, q_empty, v_full = barriers[0], barriers[1], barriers[3]
@@ -184,8 +184,8 @@ def _produce(
 
 @gluon.jit
 def _step(
-    number, q_at, carry, buffers, barriers, positions, zeros, zero, b, h, q_idx, kv_limit,
-    scale, mask_tables, score_tables,
+    number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit, scale,
+    mask_tables, score_tables,
     MASKED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, S: gl.constexpr, O: gl.constexpr, P: gl.constexpr,
     D_PAD: gl.constexpr, DV_PAD: gl.constexpr, ANEW: gl.constexpr,
@@ -213,11 +213,13 @@ def _step(
     if MASKED or score_mod is not None:
         kv_start = read_word(positions, slot)
     s = warpgroup_mma_wait(1, deps=(s,))
-    p, m, l, shrink, acc = softmax(
-        s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables, adding,
-        (FIRST_BARRIER + slot, FIRST_BARRIER + STAGES + v_slot), zeros,
-        MASKED, mask_mod, score_mod, BLOCK_N, S, BLOCK_N // 2,
+    come(FIRST_BARRIER + slot, HANDOVER)
+    p, m, l, shrink = softmax(
+        s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
+        MASKED, mask_mod, score_mod, BLOCK_N, S,
     )  # fmt: skip
+    acc = warpgroup_mma_wait(0, deps=(adding,))
+    come(FIRST_BARRIER + STAGES + v_slot, HANDOVER)
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
     return acc, packed(p, k_tiles.dtype), m, l
 
@@ -239,7 +241,7 @@ def _consume(
     ANEW: gl.constexpr = score_mod is not None or (not PARTIAL and D_PAD <= 64)
     Q_STAGES: gl.constexpr = 2 if AHEAD else 1
     dtype: gl.constexpr = q.dtype
-    buffers, barriers, queue, positions, zeros = shared
+    buffers, barriers, queue, positions = shared
     words, words_full, words_empty = queue[1], queue[2], queue[3]
     q_buffers, k_buffers, v_buffers = buffers
     q_full, q_empty, k_full, v_full = barriers
@@ -278,17 +280,16 @@ def _consume(
                 kv_start = read_word(positions, slot)
             s = warpgroup_mma_wait(0, deps=(s,))
             come(FIRST_BARRIER + slot, HANDOVER)
-            p, m, l, shrink, acc = softmax(
-                s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables, acc,
-                (0, 0), zeros,
-                PARTIAL, mask_mod, score_mod, BLOCK_N, S, 0,
+            p, m, l, shrink = softmax(
+                s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
+                PARTIAL, mask_mod, score_mod, BLOCK_N, S,
             )  # fmt: skip
             carry = acc, packed(p, dtype), m, l
             if PARTIAL:
                 for number in range(done + 1, done + partial):
                     carry = _step(
-                        number, q_at, carry, buffers, barriers, positions, zeros, zero, b, h,
-                        q_idx, kv_limit, scale, mask_tables, score_tables,
+                        number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx,
+                        kv_limit, scale, mask_tables, score_tables,
                         True, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
                         D_PAD, DV_PAD, ANEW,
                     )  # fmt: skip
@@ -300,8 +301,8 @@ def _consume(
                 carry = acc, p16, m, l
             for number in range(done + gl.maximum(partial, 1), done + count):
                 carry = _step(
-                    number, q_at, carry, buffers, barriers, positions, zeros, zero, b, h,
-                    q_idx, kv_limit, scale, mask_tables, score_tables,
+                    number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx,
+                    kv_limit, scale, mask_tables, score_tables,
                     False, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
                     D_PAD, DV_PAD, ANEW,
                 )  # fmt: skip
@@ -449,8 +450,6 @@ def hopper_forward_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     words = gl.allocate_shared_memory(gl.int32, [2 * WORDS, 1], plain)
     positions = gl.allocate_shared_memory(gl.int32, [STAGES, 1], plain)
-    zeros = gl.allocate_shared_memory(gl.float32, [ROWS], plain)
-    zeros.store(gl.full([ROWS], 0.0, gl.float32, gl.BlockedLayout([1], [32], [4], [0])))
     for i in gl.static_range(QUERIES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
@@ -462,7 +461,7 @@ def hopper_forward_kernel(
         mbarrier.init(words_empty.index(i), count=GROUPS)
     shared = (
         (q_buffers, k_buffers, v_buffers), (q_full, q_empty, k_full, v_full),
-        (counters, words, words_full, words_empty), positions, zeros,
+        (counters, words, words_full, words_empty), positions,
     )  # fmt: skip
     lists = (rows, runs, order, turns, q_starts, kv_starts)
     lengths = (q_len, q_limit, kv_limit)

@@ -46,27 +46,6 @@ def come(barrier, THREADS: gl.constexpr):
 
 
 @gluon.jit
-def come_after(x, barrier, THREADS: gl.constexpr):
-    """`come`, by threads that have computed their two numbers, not negative, of `x`; returns `x`.
-
-    The assembler orders neither by the other, but for the number of the barrier, to which the signs
-    are added.
-    """
-    at = gl.full(x.shape, 0, gl.int32, x.type.layout) + barrier
-    x = gl.inline_asm_elementwise(
-        "{ .reg .b32 sign, at; shr.u32 sign, $2, 31; add.u32 at, $4, sign; "
-        "shr.u32 sign, $3, 31; add.u32 at, at, sign; "
-        "bar.arrive at, " + THREADS + "; mov.b32 $0, $2; mov.b32 $1, $3; }",
-        "=r,=r,r,r,r,r",
-        [x.to(gl.int32, bitcast=True), at],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=2,
-    )
-    return x.to(gl.float32, bitcast=True)
-
-
-@gluon.jit
 def wait_for(barrier, THREADS: gl.constexpr):
     """Waits at a named barrier, by its number, until `THREADS` have come, these among them."""
     return _named_barrier("sync", barrier, THREADS)

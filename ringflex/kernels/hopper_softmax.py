@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
-from ringflex.kernels.hopper_common import HANDOVER
-from ringflex.kernels.hopper_intrinsics import come, come_after
 from ringflex.kernels.triton_common import LOG2E
 
 
@@ -38,19 +35,11 @@ def _scores(
 
 @gluon.jit
 def softmax(
-    s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables, adding, barriers,
-    zeros,
+    s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
     MASKED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr, BLOCK_N: gl.constexpr,
-    S: gl.constexpr, SOON: gl.constexpr,
+    S: gl.constexpr,
 ):  # fmt: skip
-    """Weights of a tile of raw products, the new maximum and sum, what to shrink by, and `adding`.
-
-    adding: the product of the weights before with their values, which is under way; waited for when
-        the first `SOON` columns have weights (0: it is not). Left to itself, the assembler waits
-        wherever it likes, as it takes a wait to be free.
-    barriers: to come to just before and after that, by number: keys and values have been read.
-    zeros: in shared memory; what is read after a barrier does not move before it.
-    """
+    """Weights of a tile of raw products, the new maximum and sum, and what to shrink by."""
     if MASKED:
         if kv_start + BLOCK_N > kv_limit:
             s = _scores(
@@ -71,16 +60,5 @@ def softmax(
     factor = scale * LOG2E if score_mod is None else LOG2E
     top = gl.maximum(m, gl.max(s, axis=1) * factor)
     p = gl.exp2(s * factor - top[:, None])
-    if SOON > 0:
-        soon = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))[None, :] < SOON
-        total = gl.sum(gl.where(soon, p, -0.0), axis=1)  # plus -0: nothing, also to the compiler
-        total = come_after(total, barriers[0], HANDOVER)
-        adding = warpgroup_mma_wait(0, deps=(adding,))
-        come(barriers[1], HANDOVER)
-        later = top + zeros.load(gl.SliceLayout(1, S))
-        p = gl.where(soon, p, gl.exp2(s * factor - later[:, None]))
-        total += gl.sum(gl.where(soon, -0.0, p), axis=1)
-    else:
-        total = gl.sum(p, axis=1)
     shrink = gl.exp2(m - top)
-    return p, top, l * shrink + total, shrink, adding
+    return p, top, l * shrink + gl.sum(p, axis=1), shrink
