@@ -63,8 +63,9 @@ class Gradients:
     """Where a backward leaves its results.
 
     Attributes:
-        dq, dk, dv: shaped like q, k, v; contiguous. Accumulators in the compute dtype, or tensors
-            of another, which are written once. dq, or dk and dv, may be None: not wanted.
+        dq, dk, dv: shaped like q, k, v; dq contiguous, dk and dv with unit stride in the last
+            dimension. Accumulators in the compute dtype, or tensors of another, which are written
+            once. dq, or dk and dv, may be None: not wanted.
         dcaptures: accumulators shaped like the score mod's captured tensors, fp32 or fp64; None
             where no gradient is wanted. They are added to by the call that computes dq.
         stage, running_q: as in `forward`, for dq; running_q is in the compute dtype. running_q

@@ -123,10 +123,14 @@ def backward(
                     walk.post_last()  # beside dQ
                 calls.run(number, step, held, None, queries=True)
         walk.post_last()
+        if halves:  # beside the last transfer
+            lanes.meet()
+            calls.round_queries()
         walk.wait()
         home = returns.all_added(k.dtype)
-        dq = calls.all_added()
-    return dq, *home
+        if not halves:
+            calls.round_queries()
+    return calls.dq, *home
 
 
 class _Calls:
@@ -187,11 +191,10 @@ class _Calls:
                 self.options,
             )  # fmt: skip
 
-    def all_added(self) -> Tensor:
-        """dQ, when all steps are done."""
+    def round_queries(self) -> None:
+        """`dq` is right, when all steps are done."""
         if self.running_q is not None and not self.apart:
             self.dq.copy_(self.running_q)
-        return self.dq
 
 
 class _Walk:
@@ -294,13 +297,13 @@ class _Returns:
         self.packed = self.waiting = False
 
     def of(self, number: int, step: Step, held: Pair) -> Pair | None:
-        """Where the kernel leaves a step's dK/dV, if there are any. If one message takes all, that
-        is the message, but for a relay: others' are added to its gradients."""
+        """Where the kernel leaves a step's dK/dV, if there are any. If messages take all, that is
+        the messages, but for a relay: others' are added to its gradients."""
         self.number, self.waiting = number, bool(step.returns or step.collects)
         self.own, self.made = Messages(step.returns, held, self._block_size, self.dtype), None
         relays = number in self.last
-        fills = self.own.is_buffer and step.returns[0].of == number
-        self.packed = fills and not relays and step.returns[0].count == step.width
+        fills = bool(step.returns) and step.returns[0].of == number
+        self.packed = fills and not relays and self.own.fill(step.width)
         if self.packed:
             made = self.own.unpack(held, step.width)
             if step.mask is None:  # what others of the node see of it, but not this share of heads
