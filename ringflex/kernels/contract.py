@@ -3,7 +3,7 @@
 A kernel is a module with
 
     forward(q, k, v, mask, score, scale, before, after, options, stage, running, beside,
-            more)
+            more, behind)
     row_terms(dout, out, lse, dlse, q, mask, score, scale, options) -> terms
     backward(dout, q, k, v, terms, mask, score, scale, gradients, options)
     has_separate_passes(q, v, options) -> bool
@@ -20,6 +20,7 @@ A kernel is a module with
   compute dtype, lse in fp64, so that its rounding does not add up; None if all that see this one
   begin and end with it. What is in `after` is rounded once.
 - `beside`: transfers may be under way meanwhile, which need a few multiprocessors of the GPU.
+- `behind`: other launches may want its multiprocessors soon.
 - `more`: K and V that follow k and v, as the mask counts its blocks; whole blocks of both.
 - `joins`: whether `forward` takes `more` without copying k and v.
 - `row_terms` turns the **global** out, lse and their gradients into what `backward` needs of each
@@ -74,6 +75,7 @@ class Gradients:
         half: 0 or 1, of a kernel whose calls may overlap: dk and dv of about half of the keys, and
             what these add to dq. Transfers soon find room beside the second. The first call takes
             all where the kernel cannot part them, or where transfers find room beside it as well.
+        zeroed: dk and dv are zero.
     """
 
     dq: Tensor | None
@@ -84,6 +86,7 @@ class Gradients:
     running_q: Tensor | None = None
     beside: bool = False
     half: int | None = None
+    zeroed: bool = False
 
 
 class Tile(NamedTuple):

@@ -62,6 +62,7 @@ def forward(
     running: Partial | None = None,
     beside: bool = False,
     more: tuple[Tensor, Tensor] | None = None,
+    behind: bool = False,
 ) -> None:
     """See `contract`."""
     if more is not None:

@@ -58,7 +58,7 @@ _LARGEST_BACKWARD_DIM = 128
 _EVEN = 0.75  # mean work of rows over the longest's, from which on heads of a group stay together
 _FEW, _MANY = 0.5, 10  # tiles of keys per multiprocessor
 _FORWARD_LIFE, _BACKWARD_LIFE = 1e10, 3.5e9  # FLOP of a program: about 2 and 0.8 ms
-_GENERATIONS = 4  # of programs, in the second half of a backward
+_GENERATIONS = 4  # of programs of what runs behind other launches
 _KEPT = 0.75  # of the L2 cache, what programs may walk out of step
 
 
@@ -76,6 +76,7 @@ def forward(
     running: Partial | None = None,
     beside: bool = False,
     more: tuple[Tensor, Tensor] | None = None,
+    behind: bool = False,
 ) -> None:
     """See `contract`."""
     setup = Setup.of(q, k, v, mask, options)
@@ -87,7 +88,20 @@ def forward(
         or (more and not all(map(describable, more)))
     ):
         triton_kernel.forward(
-            q, k, v, mask, score, scale, before, after, options, stage, running, beside, more
+            q,
+            k,
+            v,
+            mask,
+            score,
+            scale,
+            before,
+            after,
+            options,
+            stage,
+            running,
+            beside,
+            more,
+            behind,
         )
         return
     mod = score_mod(score, q.device, options)
@@ -98,7 +112,7 @@ def forward(
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_n = 128 if max(D, Dv) <= 128 else 64
     key = (
-        "hopper forward", kind_of(mod), score_function, merge.key, stage, beside,
+        "hopper forward", kind_of(mod), score_function, merge.key, stage, beside, behind,
         more and tuple(x.stride() for x in more),
     )  # fmt: skip
     ready = setup.prepared.get(key)
@@ -111,9 +125,8 @@ def forward(
         ahead = _ahead(setup, lists, alone=score_function is None and stage is None)
         per_block = _STAYS * mask.block_size[1] * 2 * (D + Dv)  # FLOP
         flops = float(lists.work.sum()) * heads * tiles_m * per_block
-        programs, *quota = queue(
-            heads * lists.places * tiles_m, flops, q.device, beside, _FORWARD_LIFE
-        )
+        total, generations = heads * lists.places * tiles_m, _GENERATIONS if behind else 0
+        programs, *quota = queue(total, flops, q.device, beside, _FORWARD_LIFE, generations)
         ready = Prepared(
             hopper_forward_kernel,
             (programs, 1, 1),
@@ -349,7 +362,7 @@ def _sums_of_keys(g: Gradients) -> tuple[Tensor, Tensor]:
     """Where heads of a group, or stretches of queries, add dK and dV, in fp32."""
     assert g.dk is not None and g.dv is not None
     if g.dk.dtype == torch.float32:
-        return (g.dk, g.dv) if g.half == 1 else (g.dk.zero_(), g.dv.zero_())
+        return (g.dk, g.dv) if g.half == 1 or g.zeroed else (g.dk.zero_(), g.dv.zero_())
     assert g.half is None  # it would be lost in between
     sizes = g.dk.numel(), g.dv.numel()
     dk, dv = torch.zeros(sum(sizes), dtype=torch.float32, device=g.dk.device).split(sizes)

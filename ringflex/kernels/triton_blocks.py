@@ -117,8 +117,18 @@ def sum_kernel(
         x = _head_of_block(v, group, block, inner, heads, per_group, BLOCK)
         total = _head_of_block(total_v, group, block, inner, heads, per_group, BLOCK)
         _sum_block(
-            x, total, messages + D, of_blocks, v[3], total_v[3], per_token, first, end,
-            BLOCK, DV, N,
+            x,
+            total,
+            messages + D,
+            of_blocks,
+            v[3],
+            total_v[3],
+            per_token,
+            first,
+            end,
+            BLOCK,
+            DV,
+            N,
         )
 
 

@@ -135,9 +135,9 @@ class BlockMask:
         )
 
     def _stretches(self, columns: list[Array]) -> Iterator[tuple[Array, Array]]:
-        """The first ascending stretch of each batch element, then the second, and so on: its blocks,
-        those of batch element b `b * (kv_blocks + 1)` higher; and for each, what to add to a place
-        among them for that in the buffer."""
+        """The first ascending stretch of each batch element, then the second, and so on: the
+        blocks, those of batch element b `b * (kv_blocks + 1)` higher; and of each element, what to
+        add to a place among them for that in the buffer."""
         descents = [np.flatnonzero(np.diff(held) < 0) + 1 for held in columns]
         edges = [
             np.concatenate([[0], at, [held.size]])

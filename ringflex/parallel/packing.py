@@ -1,10 +1,10 @@
 """K/V blocks of a step's transfers as messages, and back.
 
-A message holds, for each batch element that the mask distinguishes, the tokens of the chosen blocks,
-`[tokens, batch elements, Hkv, D + Dv]`: of each head K, then V. The messages of an exchange lie one
-behind the other, so that one launch serves them all. With a mask common to the batch, they are also
-the buffer of a step, whose blocks lie in the same order: received in place, and dK/dV computed in
-place.
+A message holds, for each batch element that the mask distinguishes, the tokens of the chosen
+blocks, `[tokens, batch elements, Hkv, D + Dv]`: of each head K, then V. The messages of an exchange
+lie one behind the other, so that one launch serves them all. With a mask common to the batch, they
+are also the buffer of a step, whose blocks lie in the same order: received in place, and dK/dV
+computed in place.
 """
 
 from __future__ import annotations
@@ -148,7 +148,10 @@ class Messages:
             if transfer.of != of:
                 continue
             groups = message.split(
-                [c.size * self.block_size * B // self.groups * H * sum(dims) for c in transfer.blocks]
+                [
+                    c.size * self.block_size * B // self.groups * H * sum(dims)
+                    for c in transfer.blocks
+                ]
             )
             for number, (chosen, part) in enumerate(zip(transfer.blocks, groups, strict=True)):
                 if not chosen.size:

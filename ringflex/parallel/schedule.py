@@ -9,6 +9,7 @@ where the kernel is deterministic.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +24,7 @@ from ringflex.parallel.packing import Messages, Pair
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.steps import Step
 from ringflex.parallel.timeline import computing
-from ringflex.parallel.waiting import launches
+from ringflex.parallel.waiting import Launch, launches
 
 
 def forward(
@@ -38,10 +39,13 @@ def forward(
     after: Partial,
     options: KernelOptions,
 ) -> None:
-    """Attention over all K/V of the plan, merged with `before`, to `after`; see the contract."""
+    """Attention over all K/V of the plan, merged with `before`, to `after`; see the contract.
+
+    On a GPU, queries that see only local K/V are left behind the rest (see `lanes`).
+    """
     assert after.out is not None
-    home, computes = Pair(k, v), launches(plan, kernel.joins)
-    running = None
+    home, (computes, apart) = Pair(k, v), launches(plan, kernel.joins)
+    running, lanes = None, Lanes(q.device)
     if not any(step.mask is not None for step in plan.steps):
         after.out.zero_()
         if before is None:
@@ -54,14 +58,21 @@ def forward(
             torch.empty_like(after.lse, dtype=torch.float64),
         )
 
-    for number, _, held in _Walk(plan, home):
-        mask, stage, more = computes[number]
-        if mask is not None:
-            with computing("forward", number):
+    def launch(number: int, held: Pair, what: Launch, track: str = "compute") -> None:
+        if what.mask is not None:
+            with computing("forward", number, track):
                 kernel.forward(
-                    q, *held, mask, score, scale, before, after, options, stage, running,
-                    plan.has_transfers, home if more else None,
+                    q, *held, what.mask, score, scale, before, after, options, what.stage, running,
+                    plan.has_transfers, home if what.more else None, track == "behind",
                 )  # fmt: skip
+
+    with lanes.ahead() if apart.mask is not None else nullcontext():
+        for number, _, held in _Walk(plan, home):
+            start = lanes.mark() if number == 0 and apart.mask is not None else None
+            launch(number, held, computes[number])
+            if number == 0 and apart.mask is not None:
+                with lanes.behind(start):
+                    launch(0, home, apart, track="behind")
 
 
 def backward(
@@ -107,12 +118,15 @@ def backward(
                     half = 0 if halves else None
                     with lanes.behind(start):
                         calls.run(0, step, held, home, queries=not apart, track="behind", half=half)
+                if overlaps and len(plan.steps) > 1:
+                    returns.zero(1, plan.steps[1])  # while its K/V is on its way
                 continue
-            gradients = returns.of(number, step, held)
+            gradients = returns.of(number, step)
             last = number == len(plan.steps) - 1
             start = lanes.mark() if halves and last else None
             if step.mask is not None:
-                calls.run(number, step, held, gradients, queries=not apart)
+                zeroed = returns.zeroed
+                calls.run(number, step, held, gradients, queries=not apart, zeroed=zeroed)
             if halves and last:
                 with lanes.behind(start):
                     calls.run(
@@ -170,9 +184,10 @@ class _Calls:
         queries: bool,
         track: str = "compute",
         half: int | None = None,
+        zeroed: bool = False,
     ) -> None:
         """One launch: dK/dV into `gradients` (or nothing of the kind), dQ if `queries`; half of
-        that."""
+        that. zeroed: `gradients` are zero."""
         assert step.mask is not None
         wanted = Gradients(
             dq=self.dq if queries else None,
@@ -183,6 +198,7 @@ class _Calls:
             running_q=self.running_q,
             beside=self.beside,
             half=half,
+            zeroed=zeroed,
         )
         passes = "dQ, dK, dV" if queries and gradients else "dQ" if queries else "dK, dV"
         with computing(f"backward {passes}", number, track):
@@ -274,6 +290,7 @@ class _Returns:
 
     Attributes:
         waiting: a step's dK/dV, or what others return meanwhile, are to be exchanged next.
+        zeroed: a step's dK/dV are zero before the kernel leaves any.
     """
 
     def __init__(self, plan: Plan, home: Pair, lanes: Lanes, options: KernelOptions) -> None:
@@ -287,35 +304,50 @@ class _Returns:
             if t.of < number
         }
         self.kept = {0: home}  # the local dK/dV and those of relays, by step
-        self.number = 0
+        self.number = 0  # the step that own, made, packed and zeroed are of
         self.own: Messages | None = None
-        self.made: Pair | None = None  # to be packed
+        self.made: Pair | None = None
         self.coming: Messages | None = None
         # What came of the local dK/dV while these are left behind: messages, or their sum.
         self.held: list[Messages] = []
         self.others: Pair | None = None
-        self.packed = self.waiting = False
+        self.packed = self.waiting = self.zeroed = False
 
-    def of(self, number: int, step: Step, held: Pair) -> Pair | None:
-        """Where the kernel leaves a step's dK/dV, if there are any. If messages take all, that is
-        the messages, but for a relay: others' are added to its gradients."""
-        self.number, self.waiting = number, bool(step.returns or step.collects)
-        self.own, self.made = Messages(step.returns, held, self._block_size, self.dtype), None
+    def of(self, number: int, step: Step) -> Pair | None:
+        """Where the kernel leaves a step's dK/dV, if there are any."""
+        if self.number != number:
+            self._make(number, step)
+        self.waiting = bool(step.returns or step.collects)
+        # What others of the node see of it, but not this share of heads.
+        if self.made is not None and step.mask is None and not self.zeroed:
+            _zero(self.made)
+        return self.made
+
+    def zero(self, number: int, step: Step) -> None:
+        """Makes zeros of a step's dK/dV before its turn; there is none in between."""
+        self._make(number, step)
+        if self.packed and self.own is not None:  # in one piece
+            self.own.flat.zero_()
+        elif self.made is not None:
+            _zero(self.made)
+        self.zeroed = True
+
+    def _make(self, number: int, step: Step) -> None:
+        """If messages take all, dK/dV are the messages, but for a relay: others' are added to its
+        gradients."""
+        home = self.kept[0]
+        self.number, self.zeroed, self.made = number, False, None
+        self.own = Messages(step.returns, home, self._block_size, self.dtype)
         relays = number in self.last
         fills = bool(step.returns) and step.returns[0].of == number
         self.packed = fills and not relays and self.own.fill(step.width)
         if self.packed:
-            made = self.own.unpack(held, step.width)
-            if step.mask is None:  # what others of the node see of it, but not this share of heads
-                _zero(made)
-            return made
-        if relays or step.mask is not None or any(t.of == number for t in step.returns):
-            self.made = _new(held, compute_dtype(held.k.dtype))
-            if step.mask is None:
-                _zero(self.made)
+            self.made = self.own.unpack(home, step.width)
+        elif relays or step.mask is not None or any(t.of == number for t in step.returns):
+            tokens, dtype = step.width * self._block_size, compute_dtype(home.k.dtype)
+            self.made = _new(Pair(*(x[:, :, :1].expand(-1, -1, tokens, -1) for x in home)), dtype)
             if relays:
                 self.kept[number] = self.made
-        return self.made
 
     def leave(self) -> tuple[Messages, Messages]:
         """What to send and what to receive: the kernel is launched that computes them, and what

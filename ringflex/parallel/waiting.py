@@ -1,9 +1,13 @@
-"""Blocks of queries that wait for K/V that arrives, and see it and the local K/V in one launch.
+"""Which queries each launch of a forward computes.
 
-Such a block would be computed twice, and what it finds at first written and read again in fp32,
-which takes as long as some 7 blocks of K/V. So it is left out of the local step; in the step that
-it waits for, the local K/V follow those that arrived. Enough blocks stay behind to compute while
-K/V is on its way. Of the forward only: a backward walks the queries of each key.
+Blocks of queries that see K/V which arrives *wait* for it, and see it and the local K/V in one
+launch. Such a block would be computed twice, and what it finds at first written and read again in
+fp32, which takes as long as some 7 blocks of K/V. So it is left out of the local step; in the step
+that it waits for, the local K/V follow those that arrived. Enough is left to compute while K/V is
+on its way. Of the forward only: a backward walks the queries of each key.
+
+Blocks that see nothing but local K/V are computed *apart*: nothing waits for them, so they may run
+wherever other launches leave room.
 """
 
 from __future__ import annotations
@@ -43,29 +47,43 @@ class Launch(NamedTuple):
         return bool(((turns != 0) & (turns != ACTIVE | BEGINS | ENDS)).any())
 
 
-def launches(plan: Plan, joins: bool) -> tuple[Launch, ...]:
-    """Of each step of a plan. Kept with it.
+class Launches(NamedTuple):
+    """What a forward computes.
+
+    Attributes:
+        steps: in each step, when its K/V is there.
+        apart: of the local step, what nothing waits for; if there are other steps.
+    """
+
+    steps: tuple[Launch, ...]
+    apart: Launch = Launch(None, None)
+
+
+def launches(plan: Plan, joins: bool) -> Launches:
+    """Those of a plan. Kept with it.
 
     joins: a launch may read the K/V of a buffer and the local ones.
     """
     key = "launches", joins
     if key not in plan.cache:
         plan.cache[key] = _launches(plan, joins)
-    found: tuple[Launch, ...] = plan.cache[key]
+    found: Launches = plan.cache[key]
     return found
 
 
-def _launches(plan: Plan, joins: bool) -> tuple[Launch, ...]:
+def _launches(plan: Plan, joins: bool) -> Launches:
     made = [Launch(step.mask, step.stage) for step in plan.steps]
     first, stage, _ = made[0]
-    if not joins or first is None or stage is None:
-        return tuple(made)
-    waits = _waiting(plan, first, stage)  # for which step; 0: for none
-    for number in sorted(set(waits) - {0}):
-        made[number] = _with_local(plan.steps[number], first, waits == number)
-    if waits.any():
-        made[0] = _without(first, stage, waits > 0)
-    return tuple(made)
+    if first is None or stage is None:
+        return Launches(tuple(made))
+    waits = np.zeros(stage.turns.size, dtype=np.int64)
+    if joins:
+        waits = _waiting(plan, first, stage)  # for which step; 0: for none
+        for number in sorted(set(waits) - {0}):
+            made[number] = _with_local(plan.steps[number], first, waits == number)
+    apart = stage.turns.reshape(-1) & (BEGINS | ENDS) == BEGINS | ENDS
+    made[0] = _without(first, stage, apart | (waits > 0))
+    return Launches(tuple(made), _without(first, stage, ~apart))
 
 
 def _waiting(plan: Plan, first: BlockMask, stage: Stage) -> Array:

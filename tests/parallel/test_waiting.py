@@ -55,7 +55,8 @@ def test_the_same_blocks_in_fewer_launches(case: MaskCase, strategy: str) -> Non
     for world_size in (2, 3):
         for plan in plans(case, world_size, strategy):
             with hiding():
-                found = launches(plan, True)
+                steps, apart = launches(plan, True)
+            found = [*steps, apart]
             assert set().union(*map(seen, found)) == set().union(*map(seen, plan.steps))
             assert sum(map(len, map(seen, found))) == sum(map(len, map(seen, plan.steps)))
             if plan.steps[0].stage is None:
@@ -70,18 +71,23 @@ def test_the_same_blocks_in_fewer_launches(case: MaskCase, strategy: str) -> Non
 
 def test_enough_is_left() -> None:
     for plan in rf.plan_all(rf.causal(), 65_536, 2):
-        found = launches(plan, True)
-        first, last = plan.steps[0].mask, found[0].mask
-        assert first is not None and last is not None
+        steps, apart = launches(plan, True)
+        first, rest = plan.steps[0].mask, [x.mask for x in (steps[0], apart) if x.mask is not None]
+        assert first is not None and rest
         arriving = sum(t.count for t in plan.steps[1].receives)
         least = 2 * plan.outline.reads.costs.near * arriving
-        assert least <= last.visible_blocks < first.visible_blocks / 2
+        left = sum(mask.visible_blocks for mask in rest)
+        assert least <= left < first.visible_blocks / 2
 
 
 def test_kernels_that_cannot() -> None:
     for plan in rf.plan_all(rf.causal(), 1024, 2):
-        for launch, step in zip(launches(plan, False), plan.steps, strict=True):
+        steps, apart = launches(plan, False)
+        for launch, step in zip(steps[1:], plan.steps[1:], strict=True):
             assert launch.mask is step.mask and launch.stage is step.stage and not launch.more
+        assert seen(steps[0]) | seen(apart) == seen(plan.steps[0])
+        assert not seen(steps[0]) & seen(apart)
+        assert apart.stage is None or not apart.merges
 
 
 def test_nothing_merges_where_all_wait() -> None:
@@ -90,7 +96,7 @@ def test_nothing_merges_where_all_wait() -> None:
     for plan in made[1:]:
         assert any(Launch(s.mask, s.stage).merges for s in plan.steps)
         with hiding():
-            assert not any(launch.merges for launch in launches(plan, True))
+            assert not any(launch.merges for launch in launches(plan, True).steps)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +121,7 @@ def test_results(name: str, kernel: ModuleType, strategy: str, sinks: bool, hidd
     sink = torch.randn(4) if sinks else None
     made = rf.plan_all(masks[name], S, 2, B=2, H=4, strategy=strategy, block_size=BLOCK)
     with hiding(hidden), mock.patch.object(triton_kernel, "joins", True):
-        assert any(launch.more for plan in made for launch in launches(plan, True))
+        assert any(launch.more for plan in made for launch in launches(plan, True).steps)
         found = run_ranks(made, kernel, q, k, v, dout, sinks=sink)
     exact = reference_attention_with_gradients(
         *(x.double() for x in (q, k, v, dout)),
