@@ -23,7 +23,7 @@ from ringflex.masks.runs import Array, Runs
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.steps import Step
 
-_HIDDEN = 2.0  # times as long as a transfer takes, what is computed beside it
+_HIDDEN = 1.3  # times as long as a transfer takes, what is computed beside it
 
 
 class Launch(NamedTuple):

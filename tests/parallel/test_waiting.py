@@ -75,7 +75,7 @@ def test_enough_is_left() -> None:
         first, rest = plan.steps[0].mask, [x.mask for x in (steps[0], apart) if x.mask is not None]
         assert first is not None and rest
         arriving = sum(t.count for t in plan.steps[1].receives)
-        least = 2 * plan.outline.reads.costs.near * arriving
+        least = waiting._HIDDEN * plan.outline.reads.costs.near * arriving
         left = sum(mask.visible_blocks for mask in rest)
         assert least <= left < first.visible_blocks / 2
 
