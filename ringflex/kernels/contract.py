@@ -64,9 +64,8 @@ class Gradients:
     """Where a backward leaves its results.
 
     Attributes:
-        dq, dk, dv: shaped like q, k, v; dq contiguous, dk and dv with unit stride in the last
-            dimension. Accumulators in the compute dtype, or tensors of another, which are written
-            once. dq, or dk and dv, may be None: not wanted.
+        dq, dk, dv: shaped like q, k, v; contiguous. Accumulators in the compute dtype, or tensors
+            of another, which are written once. dq, or dk and dv, may be None: not wanted.
         dcaptures: accumulators shaped like the score mod's captured tensors, fp32 or fp64; None
             where no gradient is wanted. They are added to by the call that computes dq.
         stage, running_q: as in `forward`, for dq; running_q is in the compute dtype. running_q
@@ -75,7 +74,6 @@ class Gradients:
         half: 0 or 1, of a kernel whose calls may overlap: dk and dv of about half of the keys, and
             what these add to dq. Transfers soon find room beside the second. The first call takes
             all where the kernel cannot part them, or where transfers find room beside it as well.
-        zeroed: dk and dv are zero.
     """
 
     dq: Tensor | None
@@ -86,7 +84,6 @@ class Gradients:
     running_q: Tensor | None = None
     beside: bool = False
     half: int | None = None
-    zeroed: bool = False
 
 
 class Tile(NamedTuple):

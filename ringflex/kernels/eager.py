@@ -163,7 +163,7 @@ def backward(
         assert g.running_q is not None
         g.stage.begin(g.running_q, 0.0)
     targets = (g.dq if g.running_q is None else g.running_q, g.dk, g.dv)
-    dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (g.dk, g.dv))
+    dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (g.dk, g.dv))
     dq = torch.zeros_like(g.dq, dtype=dtype) if g.running_q is None else g.running_q
     tiles = _Tiles(q, k, v, mask, score, scale)
     dout_, lse_, delta_, dq_ = (tiles.query_blocks(x) for x in (dout, *terms, dq))

@@ -382,7 +382,7 @@ def _write(
     if D < D_PAD:
         inside = inside & (cols < D)[None, :]
     if APART:
-        places = base + (rows[:, None] * x[3] + cols[None, :])
+        places = base + (rows[:, None] * D + cols[None, :])
         gl.atomic_add(places, value, mask=inside, sem="relaxed")
     else:
         places = base + rows[:, None] * x[3] + cols[None, :] * x[4]

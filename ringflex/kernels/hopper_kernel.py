@@ -362,7 +362,7 @@ def _sums_of_keys(g: Gradients) -> tuple[Tensor, Tensor]:
     """Where heads of a group, or stretches of queries, add dK and dV, in fp32."""
     assert g.dk is not None and g.dv is not None
     if g.dk.dtype == torch.float32:
-        return (g.dk, g.dv) if g.half == 1 or g.zeroed else (g.dk.zero_(), g.dv.zero_())
+        return (g.dk, g.dv) if g.half == 1 else (g.dk.zero_(), g.dv.zero_())
     assert g.half is None  # it would be lost in between
     sizes = g.dk.numel(), g.dv.numel()
     dk, dv = torch.zeros(sum(sizes), dtype=torch.float32, device=g.dk.device).split(sizes)

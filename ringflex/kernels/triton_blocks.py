@@ -16,9 +16,9 @@ class Places(NamedTuple):
     """Where the blocks of messages are, int32, on the GPU.
 
     Attributes:
-        of_blocks: a row `[group, block, place]` for each block that a message holds: which group of
-            batch elements and which of its blocks; and where in the messages it begins, in `UNIT`s.
-            Of each token, they hold K and V of one head after the other.
+        of_blocks: a row `[group, block, n, K's place, V's place]` for each block that a message
+            holds: which group of batch elements and which of its blocks; and where in the messages
+            its first head is, in `UNIT`s. From head to head are n blocks.
         sums: a row `[group, block, first, end]` for each block that is added to, of the rows of
             `of_blocks` that are added.
     """
@@ -29,21 +29,19 @@ class Places(NamedTuple):
 
 @triton.jit
 def _move_block(
-    x, message, stride_token, per_token, BLOCK: tl.constexpr, D: tl.constexpr, INTO: tl.constexpr,
+    x, message, stride_token, BLOCK: tl.constexpr, D: tl.constexpr, INTO: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
     for start in range(0, BLOCK * D, N):
         at = start + tl.arange(0, N)
         inside = at < BLOCK * D
-        token = (at // D).to(tl.int64)
-        place = x + token * stride_token + at % D
-        in_message = message + token * per_token + at % D
+        place = x + (at // D).to(tl.int64) * stride_token + at % D
         if INTO:
-            value = tl.load(in_message, mask=inside)
+            value = tl.load(message + at, mask=inside)
             tl.store(place, value.to(x.dtype.element_ty), mask=inside)
         else:
             value = tl.load(place, mask=inside)
-            tl.store(in_message, value.to(message.dtype.element_ty), mask=inside)
+            tl.store(message + at, value.to(message.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -56,31 +54,31 @@ def _head_of_block(x, group, block, inner, heads, per_group, BLOCK: tl.constexpr
 
 @triton.jit(do_not_specialize=["heads", "per_group"])
 def move_kernel(
-    k, v, messages, of_blocks, heads, per_group, per_token,
+    k, v, messages, of_blocks, heads, per_group,
     BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, INTO: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Grid: `(blocks, per_group * heads, 2)`, for K and for V.
 
     k, v: (pointer, strides but that of D, which is 1). messages: all, flat. of_blocks: see
-    `Places`. per_group: batch elements of a group. per_token: elements of a message. INTO: from the
-    messages instead of into them.
+    `Places`. per_group: batch elements of a group. INTO: from the messages instead of into them.
     """
-    row = of_blocks + 3 * tl.program_id(0)
+    row = of_blocks + 5 * tl.program_id(0)
     inner = tl.program_id(1)
-    group, block = tl.load(row), tl.load(row + 1)
-    message = messages + tl.load(row + 2).to(tl.int64) * UNIT + inner * (D + DV)
+    group, block, n = tl.load(row), tl.load(row + 1), tl.load(row + 2).to(tl.int64)
     if tl.program_id(2) == 0:
+        at = tl.load(row + 3).to(tl.int64) * UNIT + inner * n * (BLOCK * D)
         x = _head_of_block(k, group, block, inner, heads, per_group, BLOCK)
-        _move_block(x, message, k[3], per_token, BLOCK, D, INTO, N)
+        _move_block(x, messages + at, k[3], BLOCK, D, INTO, N)
     else:
+        at = tl.load(row + 4).to(tl.int64) * UNIT + inner * n * (BLOCK * DV)
         x = _head_of_block(v, group, block, inner, heads, per_group, BLOCK)
-        _move_block(x, message + D, v[3], per_token, BLOCK, DV, INTO, N)
+        _move_block(x, messages + at, v[3], BLOCK, DV, INTO, N)
 
 
 @triton.jit
 def _sum_block(
-    x, total, messages, of_blocks, stride_token, total_stride_token, per_token, first, end,
-    BLOCK: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    x, total, messages, of_blocks, stride_token, total_stride_token, inner, first, end,
+    BLOCK: tl.constexpr, D: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     for start in range(0, BLOCK * D, N):
         at = start + tl.arange(0, N)
@@ -88,16 +86,18 @@ def _sum_block(
         token = (at // D).to(tl.int64)
         value = tl.load(x + token * stride_token + at % D, mask=inside)
         for number in range(first, end):
-            message = messages + tl.load(of_blocks + 3 * number + 2).to(tl.int64) * UNIT
-            added = tl.load(message + token * per_token + at % D, mask=inside)
-            value += added.to(value.dtype)
+            row = of_blocks + 5 * number
+            n = tl.load(row + 2).to(tl.int64)
+            message = messages + tl.load(row + 3 + V).to(tl.int64) * UNIT
+            message += inner * n * (BLOCK * D)
+            value += tl.load(message + at, mask=inside).to(value.dtype)
         value = value.to(total.dtype.element_ty)
         tl.store(total + token * total_stride_token + at % D, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["heads", "per_group"])
 def sum_kernel(
-    k, v, total_k, total_v, messages, of_blocks, sums, heads, per_group, per_token,
+    k, v, total_k, total_v, messages, of_blocks, sums, heads, per_group,
     BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Grid: `(sums, per_group * heads, 2)`. total_k, total_v: where k and v go with what the
@@ -106,29 +106,17 @@ def sum_kernel(
     inner = tl.program_id(1)
     group, block = tl.load(row), tl.load(row + 1)
     first, end = tl.load(row + 2), tl.load(row + 3)
-    messages += inner * (D + DV)
     if tl.program_id(2) == 0:
         x = _head_of_block(k, group, block, inner, heads, per_group, BLOCK)
         total = _head_of_block(total_k, group, block, inner, heads, per_group, BLOCK)
         _sum_block(
-            x, total, messages, of_blocks, k[3], total_k[3], per_token, first, end, BLOCK, D, N
+            x, total, messages, of_blocks, k[3], total_k[3], inner, first, end, BLOCK, D, 0, N
         )
     else:
         x = _head_of_block(v, group, block, inner, heads, per_group, BLOCK)
         total = _head_of_block(total_v, group, block, inner, heads, per_group, BLOCK)
         _sum_block(
-            x,
-            total,
-            messages + D,
-            of_blocks,
-            v[3],
-            total_v[3],
-            per_token,
-            first,
-            end,
-            BLOCK,
-            DV,
-            N,
+            x, total, messages, of_blocks, v[3], total_v[3], inner, first, end, BLOCK, DV, 1, N
         )
 
 
@@ -146,7 +134,6 @@ def move_blocks(
     if count:
         move_kernel[(count, per_group * k.shape[1], 2)](
             _strided(k), _strided(v), messages, places.of_blocks, k.shape[1], per_group,
-            _per_token(k, v, groups),
             BLOCK=block_size, D=k.shape[3], DV=v.shape[3], INTO=into, N=_at_once(k, block_size),
             num_warps=4,
         )  # fmt: skip
@@ -162,13 +149,9 @@ def sum_blocks(
     if count:
         sum_kernel[(count, per_group * k.shape[1], 2)](
             _strided(k), _strided(v), _strided(total_k), _strided(total_v), messages,
-            places.of_blocks, places.sums, k.shape[1], per_group, _per_token(k, v, groups),
+            places.of_blocks, places.sums, k.shape[1], per_group,
             BLOCK=block_size, D=k.shape[3], DV=v.shape[3], N=_at_once(k, block_size), num_warps=4,
         )  # fmt: skip
-
-
-def _per_token(k: Tensor, v: Tensor, groups: int) -> int:
-    return k.shape[0] // groups * k.shape[1] * (k.shape[3] + v.shape[3])
 
 
 def _at_once(k: Tensor, block_size: int) -> int:

@@ -9,7 +9,6 @@ chunks and dealt out in any order while the mask still sees global indices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -100,24 +99,24 @@ class BlockMask:
         """The mask over a K/V tensor that holds only some blocks, side by side.
 
         Args:
-            columns: for each batch element that the mask distinguishes (`[B]`), the blocks held, in
-                any order, fastest in few stretches that ascend; shorter lists are padded with
-                blocks that nobody sees.
+            columns: for each batch element that the mask distinguishes (`[B]`), the blocks held,
+                ascending; shorter lists are padded with blocks that nobody sees.
         """
         assert len(columns) == self.B
         width = max((c.size for c in columns), default=0)
         kv_starts = np.full((self.B, width), self.kv_limit, dtype=np.int64)
         for b, held in enumerate(columns):
             kv_starts[b, : held.size] = self.kv_starts[b % self.kv_starts.shape[0], held]
-        stretches = list(self._stretches(columns))
+        sizes = np.array([held.size for held in columns])
+        before = np.cumsum(sizes) - sizes
+        keys = np.concatenate([held + b * (self.kv_blocks + 1) for b, held in enumerate(columns)])
 
         def select(runs: Runs) -> Runs:
-            row, nothing = runs.row, np.zeros((2, 0), dtype=np.int64)
+            row = runs.row
             b = row // (self.H * self.q_blocks)
-            at = b * (self.kv_blocks + 1) + np.stack([runs.start, runs.end])
-            found = [np.searchsorted(keys, at) + shift[b] for keys, shift in stretches]
-            start, end = np.concatenate([nothing, *found], axis=1)
-            return Runs.from_pieces(np.tile(row, len(stretches)), start, end, runs.rows)
+            at = b * (self.kv_blocks + 1)
+            start, end = (np.searchsorted(keys, at + x) - before[b] for x in (runs.start, runs.end))
+            return Runs.from_pieces(row, start, end, runs.rows)
 
         return BlockMask(
             mask=self.mask,
@@ -133,24 +132,6 @@ class BlockMask:
             full=select(self.full),
             partial=select(self.partial),
         )
-
-    def _stretches(self, columns: list[Array]) -> Iterator[tuple[Array, Array]]:
-        """The first ascending stretch of each batch element, then the second, and so on: the
-        blocks, those of batch element b `b * (kv_blocks + 1)` higher; and of each element, what to
-        add to a place among them for that in the buffer."""
-        descents = [np.flatnonzero(np.diff(held) < 0) + 1 for held in columns]
-        edges = [
-            np.concatenate([[0], at, [held.size]])
-            for at, held in zip(descents, columns, strict=True)
-        ]
-        for number in range(max(edge.size for edge in edges) - 1):
-            parts, shift, before = [], [], 0
-            for b, (held, edge) in enumerate(zip(columns, edges, strict=True)):
-                first, end = (int(edge[min(number + i, edge.size - 1)]) for i in (0, 1))
-                parts.append(held[first:end] + b * (self.kv_blocks + 1))
-                shift.append(first - before)
-                before += end - first
-            yield np.concatenate(parts), np.array(shift)
 
     def of_heads(self, first: int, count: int, mask: TracedMod) -> BlockMask:
         """Of some of the heads that it distinguishes, counted from 0 by a mask of their own."""

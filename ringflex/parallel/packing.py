@@ -1,10 +1,9 @@
 """K/V blocks of a step's transfers as messages, and back.
 
-A message holds, for each batch element that the mask distinguishes, the tokens of the chosen
-blocks, `[tokens, batch elements, Hkv, D + Dv]`: of each head K, then V. The messages of an exchange
-lie one behind the other, so that one launch serves them all. With a mask common to the batch, they
-are also the buffer of a step, whose blocks lie in the same order: received in place, and dK/dV
-computed in place.
+A message holds K, then V: for each batch element that the mask distinguishes, the chosen blocks
+`[batch elements, Hkv, blocks, block_size, D]`. The messages of an exchange lie one behind the
+other, so that one launch serves them all. With a mask common to the batch, a message that fills a
+whole buffer is that buffer, and is received in place.
 """
 
 from __future__ import annotations
@@ -76,16 +75,15 @@ class Messages:
                 piece.copy_(blocks.index_select(2, index))
 
     def unpack(self, like: Pair, width: int) -> Pair:
-        """The K/V buffer of a step, `width` blocks long and otherwise shaped like `like`; where
-        `fill` says so, the messages themselves.
+        """The K/V buffer of a step, `width` blocks long and otherwise shaped like `like`; where one
+        message fills it, that message.
 
         Blocks that no message brings are zero (no query sees them, but 0 * NaN would be NaN).
         """
         shapes = [(*x.shape[:2], width * self.block_size, x.shape[3]) for x in like]
-        if self.fill(width):
-            B, H, tokens, D = shapes[0]
-            heads = self.flat.view(tokens, B, H, D + shapes[1][3]).permute(1, 2, 0, 3)
-            return Pair(heads[..., :D], heads[..., D:])
+        if self.is_buffer:
+            k_size = torch.Size(shapes[0]).numel()
+            return Pair(self.flat[:k_size].view(shapes[0]), self.flat[k_size:].view(shapes[1]))
         full = sum(t.count for t in self.transfers) == width * self.groups
         make = torch.empty if full else torch.zeros
         buffer = Pair(*(make(s, dtype=self.flat.dtype, device=self.flat.device) for s in shapes))
@@ -100,12 +98,10 @@ class Messages:
                 blocks.index_copy_(2, index, piece)
         return buffer
 
-    def fill(self, width: int) -> bool:
-        """Whether they hold a buffer of so many blocks, each where it is in the buffer."""
-        if self.groups > 1 or len(self._steps()) != 1:
-            return False
-        blocks = np.concatenate([t.blocks[0] for t in self.transfers])
-        return bool(np.array_equal(blocks, np.arange(width)))
+    @property
+    def is_buffer(self) -> bool:
+        """Whether there is one message, of a mask common to the batch."""
+        return len(self.transfers) == self.groups == 1
 
     def add_to(self, targets: Mapping[int, Pair]) -> None:
         """Adds their blocks to tensors, by the step that a transfer is of, one after the other;
@@ -142,26 +138,19 @@ class Messages:
         """Per transfer of a step, tensor and batch element that the mask distinguishes: the
         tensor's blocks (a view `[b, Hkv, blocks, block_size, D]`), which of them the message
         holds, and where (a view)."""
-        B, H = pair.k.shape[:2]
-        dims = [x.shape[3] for x in pair]
         for transfer, message in zip(self.transfers, self.parts, strict=True):
             if transfer.of != of:
                 continue
-            groups = message.split(
-                [
-                    c.size * self.block_size * B // self.groups * H * sum(dims)
-                    for c in transfer.blocks
-                ]
-            )
-            for number, (chosen, part) in enumerate(zip(transfer.blocks, groups, strict=True)):
-                if not chosen.size:
-                    continue
-                index = to_device(chosen, pair.k.device)
-                shape = (chosen.size, self.block_size, B // self.groups, H, sum(dims))
-                pieces = part.view(shape).permute(2, 3, 0, 1, 4).split(dims, dim=4)
-                for x, piece in zip(pair, pieces, strict=True):
-                    blocks = x.unflatten(2, (-1, self.block_size)).chunk(self.groups)[number]
-                    yield blocks, index, piece
+            at = 0
+            for x in pair:
+                groups = x.unflatten(2, (-1, self.block_size)).chunk(self.groups)
+                for blocks, chosen in zip(groups, transfer.blocks, strict=True):
+                    shape = (*blocks.shape[:2], chosen.size, *blocks.shape[3:])
+                    size = torch.Size(shape).numel()
+                    if size:
+                        index = to_device(chosen, x.device)
+                        yield blocks, index, message[at : at + size].view(shape)
+                    at += size
 
     def _places(self, of: int, pair: Pair, *, every: bool = False) -> Any:
         """`triton_blocks.Places` of a step's transfers; kept with the first of them.
@@ -170,38 +159,40 @@ class Messages:
         """
         B, H, tokens, D = pair.k.shape
         width, heads = tokens // self.block_size, B // self.groups * H
-        elements = self.block_size * heads * (D + pair.v.shape[3])
+        elements = self.block_size * D, self.block_size * pair.v.shape[3]
         cache = self.transfers[0].cache
-        key = self.transfers[1:], of, every, width, elements, pair.k.device
+        key = self.transfers[1:], of, every, width, heads, elements, pair.k.device
         if key not in cache:
             from ringflex.kernels.triton_blocks import Places
 
-            rows = _rows(self.transfers, of, elements)
+            rows = _rows(self.transfers, of, heads, elements)
             # By block; of each block, in the order of the transfers.
             rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
             sums = _sums(rows, self.groups, width, every=every)
-            assert not (rows[:, 2] % _UNIT).any()
-            rows[:, 2] //= _UNIT
+            assert not (rows[:, 3:] % _UNIT).any()
+            rows[:, 3:] //= _UNIT
             cache[key] = Places(
                 *(to_device(x.astype(np.int32), pair.k.device) for x in (rows, sums))
             )
         return cache[key]
 
 
-def _rows(transfers: Sequence[Transfer], of: int, elements: int) -> Array:
+def _rows(transfers: Sequence[Transfer], of: int, heads: int, elements: tuple[int, int]) -> Array:
     """`Places.of_blocks` of the transfers of a step, transfer by transfer, places in elements.
 
-    elements: of a block, of all heads of a group of batch elements.
+    heads: of all batch elements of a group. elements: of one head's block, of K and of V.
     """
-    found, at = [np.zeros((0, 3), dtype=np.int64)], 0
+    found, at = [np.zeros((0, 5), dtype=np.int64)], 0
     for transfer in transfers:
+        start = np.array([at, at + transfer.count * heads * elements[0]])
         for group, blocks in enumerate(transfer.blocks):
             if transfer.of == of:
-                rows = np.empty((blocks.size, 3), dtype=np.int64)
-                rows[:, 0], rows[:, 1] = group, blocks
-                rows[:, 2] = at + np.arange(blocks.size) * elements
+                rows = np.empty((blocks.size, 5), dtype=np.int64)
+                rows[:, 0], rows[:, 1], rows[:, 2] = group, blocks, blocks.size
+                rows[:, 3:] = start + np.outer(np.arange(blocks.size), elements)
                 found.append(rows)
-            at += blocks.size * elements
+            start += blocks.size * heads * np.array(elements)
+        at += transfer.count * heads * sum(elements)
     return np.concatenate(found)
 
 

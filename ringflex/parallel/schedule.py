@@ -118,15 +118,12 @@ def backward(
                     half = 0 if halves else None
                     with lanes.behind(start):
                         calls.run(0, step, held, home, queries=not apart, track="behind", half=half)
-                if overlaps and len(plan.steps) > 1:
-                    returns.zero(1, plan.steps[1])  # while its K/V is on its way
                 continue
-            gradients = returns.of(number, step)
+            gradients = returns.of(number, step, held)
             last = number == len(plan.steps) - 1
             start = lanes.mark() if halves and last else None
             if step.mask is not None:
-                zeroed = returns.zeroed
-                calls.run(number, step, held, gradients, queries=not apart, zeroed=zeroed)
+                calls.run(number, step, held, gradients, queries=not apart)
             if halves and last:
                 with lanes.behind(start):
                     calls.run(
@@ -184,10 +181,9 @@ class _Calls:
         queries: bool,
         track: str = "compute",
         half: int | None = None,
-        zeroed: bool = False,
     ) -> None:
         """One launch: dK/dV into `gradients` (or nothing of the kind), dQ if `queries`; half of
-        that. zeroed: `gradients` are zero."""
+        that."""
         assert step.mask is not None
         wanted = Gradients(
             dq=self.dq if queries else None,
@@ -198,7 +194,6 @@ class _Calls:
             running_q=self.running_q,
             beside=self.beside,
             half=half,
-            zeroed=zeroed,
         )
         passes = "dQ, dK, dV" if queries and gradients else "dQ" if queries else "dK, dV"
         with computing(f"backward {passes}", number, track):
@@ -290,7 +285,6 @@ class _Returns:
 
     Attributes:
         waiting: a step's dK/dV, or what others return meanwhile, are to be exchanged next.
-        zeroed: a step's dK/dV are zero before the kernel leaves any.
     """
 
     def __init__(self, plan: Plan, home: Pair, lanes: Lanes, options: KernelOptions) -> None:
@@ -304,50 +298,35 @@ class _Returns:
             if t.of < number
         }
         self.kept = {0: home}  # the local dK/dV and those of relays, by step
-        self.number = 0  # the step that own, made, packed and zeroed are of
+        self.number = 0
         self.own: Messages | None = None
-        self.made: Pair | None = None
+        self.made: Pair | None = None  # to be packed
         self.coming: Messages | None = None
         # What came of the local dK/dV while these are left behind: messages, or their sum.
         self.held: list[Messages] = []
         self.others: Pair | None = None
-        self.packed = self.waiting = self.zeroed = False
+        self.packed = self.waiting = False
 
-    def of(self, number: int, step: Step) -> Pair | None:
-        """Where the kernel leaves a step's dK/dV, if there are any."""
-        if self.number != number:
-            self._make(number, step)
-        self.waiting = bool(step.returns or step.collects)
-        # What others of the node see of it, but not this share of heads.
-        if self.made is not None and step.mask is None and not self.zeroed:
-            _zero(self.made)
-        return self.made
-
-    def zero(self, number: int, step: Step) -> None:
-        """Makes zeros of a step's dK/dV before its turn; there is none in between."""
-        self._make(number, step)
-        if self.packed and self.own is not None:  # in one piece
-            self.own.flat.zero_()
-        elif self.made is not None:
-            _zero(self.made)
-        self.zeroed = True
-
-    def _make(self, number: int, step: Step) -> None:
-        """If messages take all, dK/dV are the messages, but for a relay: others' are added to its
-        gradients."""
-        home = self.kept[0]
-        self.number, self.zeroed, self.made = number, False, None
-        self.own = Messages(step.returns, home, self._block_size, self.dtype)
+    def of(self, number: int, step: Step, held: Pair) -> Pair | None:
+        """Where the kernel leaves a step's dK/dV, if there are any. If one message takes all, that
+        is the message, but for a relay: others' are added to its gradients."""
+        self.number, self.waiting = number, bool(step.returns or step.collects)
+        self.own, self.made = Messages(step.returns, held, self._block_size, self.dtype), None
         relays = number in self.last
-        fills = bool(step.returns) and step.returns[0].of == number
-        self.packed = fills and not relays and self.own.fill(step.width)
+        fills = self.own.is_buffer and step.returns[0].of == number
+        self.packed = fills and not relays and step.returns[0].count == step.width
         if self.packed:
-            self.made = self.own.unpack(home, step.width)
-        elif relays or step.mask is not None or any(t.of == number for t in step.returns):
-            tokens, dtype = step.width * self._block_size, compute_dtype(home.k.dtype)
-            self.made = _new(Pair(*(x[:, :, :1].expand(-1, -1, tokens, -1) for x in home)), dtype)
+            made = self.own.unpack(held, step.width)
+            if step.mask is None:  # what others of the node see of it, but not this share of heads
+                _zero(made)
+            return made
+        if relays or step.mask is not None or any(t.of == number for t in step.returns):
+            self.made = _new(held, compute_dtype(held.k.dtype))
+            if step.mask is None:
+                _zero(self.made)
             if relays:
                 self.kept[number] = self.made
+        return self.made
 
     def leave(self) -> tuple[Messages, Messages]:
         """What to send and what to receive: the kernel is launched that computes them, and what

@@ -26,7 +26,7 @@ class Transfer:
     Attributes:
         peer: rank within the group.
         blocks: for each batch element that the mask distinguishes, the positions of the blocks
-            in the buffer that they leave or enter, in the order of the message.
+            in the buffer that they leave or enter, ascending.
         of: the step whose buffer, or whose gradients, that is; 0: the local K/V, or theirs.
         cache: what moving them needs on the device.
     """
@@ -67,7 +67,7 @@ class Step:
     collects: tuple[Transfer, ...] = ()
 
 
-Held = list[Array]  # per batch element that the mask distinguishes: global blocks, by position
+Held = list[Array]  # per batch element that the mask distinguishes: global blocks, ascending
 
 
 class Moved(NamedTuple):
@@ -109,12 +109,8 @@ class StepMaker:
     ) -> None:
         """Adds a step that receives and sends K/V, and returns and collects gradients; what comes
         is `of` this step."""
-        if self.groups == 1:  # messages are the buffer (see `packing`)
-            comes = sorted(comes, key=lambda moved: moved.blocks[0][:1].tolist())
         parts = zip(*(moved.blocks for moved in comes), strict=True)
-        arriving = [np.concatenate(part) for part in parts] or self.nothing
-        if self.groups > 1:
-            arriving = [np.sort(blocks) for blocks in arriving]
+        arriving = [np.sort(np.concatenate(part)) for part in parts] or self.nothing
         self.held.append(arriving)
         step = Step(
             receives=self._transfers(comes),
@@ -137,22 +133,12 @@ class StepMaker:
         return mask if mask.visible_blocks else None
 
     def _transfers(self, moved: Sequence[Moved]) -> tuple[Transfer, ...]:
-        """By the positions of blocks in the buffers, in their order; none that are empty."""
+        """By the positions of blocks in the buffers; none that are empty."""
         made = []
         for peer, chosen, of in moved:
-            at = (_places(c, b) for c, b in zip(chosen, self.held[of], strict=True))
+            at = (np.searchsorted(b, c) for c, b in zip(chosen, self.held[of], strict=True))
             made.append(Transfer(peer, tuple(at), of))
-        made = [t for t in made if t.count]
-        if self.groups == 1:
-            made.sort(key=lambda t: (t.of, int(t.blocks[0][0])))
-        return tuple(made)
-
-
-def _places(chosen: Array, held: Array) -> Array:
-    """Where some blocks are among those held, in any order."""
-    order = np.argsort(held, kind="stable")
-    found: Array = order[np.searchsorted(held, chosen, sorter=order)]
-    return found
+        return tuple(t for t in made if t.count)
 
 
 _NOTHING = np.zeros(0, dtype=np.int64)
