@@ -26,6 +26,7 @@ from ringflex.reference import Reference
 PATIENCE = 250.0  # seconds that a rank waits for a message
 
 _Place = tuple[int, int]  # sender, receiver
+_Message = tuple[Tensor, torch.cuda.Event | None]  # and when it is written
 
 
 class Network:
@@ -33,7 +34,7 @@ class Network:
 
     def __init__(self, size: int) -> None:
         pairs = itertools.product(range(size), repeat=2)
-        self.queues: dict[_Place, queue.Queue[Tensor]] = {pair: queue.Queue() for pair in pairs}
+        self.queues: dict[_Place, queue.Queue[_Message]] = {pair: queue.Queue() for pair in pairs}
         self.turn = threading.Lock()  # one rank computes at a time: Triton's interpreter is no more
 
 
@@ -53,7 +54,9 @@ class SimulatedCommunicator:
         step: int = 0,
     ) -> SimulatedExchange:
         for peer, x in sends:
-            self.network.queues[self.rank, peer].put(x.clone())
+            message = x.clone()
+            sent = torch.cuda.current_stream().record_event() if x.is_cuda else None
+            self.network.queues[self.rank, peer].put((message, sent))
             self.bytes_sent += x.nbytes
         self.bytes_received += sum(x.nbytes for _, x in receives)
         return SimulatedExchange(self, receives)
@@ -68,9 +71,12 @@ class SimulatedExchange:
         for peer, x in self.receives:
             network.turn.release()
             try:
-                message = network.queues[peer, self.comm.rank].get(timeout=PATIENCE)
+                message, sent = network.queues[peer, self.comm.rank].get(timeout=PATIENCE)
             finally:
                 network.turn.acquire()
+            if sent is not None:  # perhaps on another stream
+                torch.cuda.current_stream().wait_event(sent)
+                message.record_stream(torch.cuda.current_stream())
             x.copy_(message)
         self.receives = []
 

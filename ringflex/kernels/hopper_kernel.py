@@ -88,21 +88,9 @@ def forward(
         or (more and not all(map(describable, more)))
     ):
         triton_kernel.forward(
-            q,
-            k,
-            v,
-            mask,
-            score,
-            scale,
-            before,
-            after,
-            options,
-            stage,
-            running,
-            beside,
-            more,
+            q, k, v, mask, score, scale, before, after, options, stage, running, beside, more,
             behind,
-        )
+        )  # fmt: skip
         return
     mod = score_mod(score, q.device, options)
     merge = Merge.of(before, after, stage, running)
@@ -160,7 +148,7 @@ def _ahead(setup: Setup, lists: BlockLists, alone: bool) -> bool:
     alone: without a score mod, and not of several steps.
     """
     largest = max(setup.dims[0], setup.dims[2])
-    return alone and largest <= (64 if setup.has_partial(lists) else 128)
+    return alone and (largest <= 64 if setup.has_partial(lists) else 64 < largest <= 128)
 
 
 def row_terms(

@@ -223,6 +223,7 @@ def test_stretches_add_into_zeros_in_fp32(
         (rf.causal(), 256, 64, 64, None, False, True),
         (rf.causal(), 256, 64, 128, None, False, False),
         (rf.causal(), 256, 64, 64, rf.softcap(20.0), False, False),
+        (rf.full(), 256, 64, 64, None, False, False),
         (rf.full(), 256, 256, 256, None, False, False),
         (rf.full(), 256, 128, 128, None, True, False),
     ],
