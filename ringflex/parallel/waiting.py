@@ -60,22 +60,23 @@ class Launches(NamedTuple):
 
 
 def launches(plan: Plan, joins: bool) -> Launches:
-    """Those of a plan. Kept with it.
+    """Those of a plan. Kept with it, unless they are just its steps: a mask for one GPU would keep
+    itself.
 
     joins: a launch may read the K/V of a buffer and the local ones.
     """
+    first = plan.steps[0]
+    if first.mask is None or first.stage is None:
+        return Launches(tuple(Launch(step.mask, step.stage) for step in plan.steps))
     key = "launches", joins
     if key not in plan.cache:
-        plan.cache[key] = _launches(plan, joins)
+        plan.cache[key] = _launches(plan, first.mask, first.stage, joins)
     found: Launches = plan.cache[key]
     return found
 
 
-def _launches(plan: Plan, joins: bool) -> Launches:
+def _launches(plan: Plan, first: BlockMask, stage: Stage, joins: bool) -> Launches:
     made = [Launch(step.mask, step.stage) for step in plan.steps]
-    first, stage, _ = made[0]
-    if first is None or stage is None:
-        return Launches(tuple(made))
     waits = np.zeros(stage.turns.size, dtype=np.int64)
     if joins:
         waits = _waiting(plan, first, stage)  # for which step; 0: for none

@@ -154,7 +154,7 @@ def test_two_lanes_compute_the_same(
     monkeypatch.setattr(Lanes, "meeting", True)
     monkeypatch.setattr(Lanes, "meet", lambda lanes: met.append(lanes))
     two = without_sinks(simulate(case, world_size, triton_kernel, **kinds))
-    assert len(met) == world_size
+    assert len(set(met)) == world_size
     for name, x in two.items():
         torch.testing.assert_close(x, one[name], rtol=0, atol=5e-3 if NATIVE else 1e-5)
 
