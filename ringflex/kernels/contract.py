@@ -22,7 +22,7 @@ A kernel is a module with
 - `beside`: transfers may be under way meanwhile, which need a few multiprocessors of the GPU.
 - `behind`: other launches may want its multiprocessors soon.
 - `more`: K and V that follow k and v, as the mask counts its blocks; whole blocks of both.
-- `joins`: whether `forward` takes `more` without copying k and v.
+- `joins`: whether `forward` with `more` is cheaper than merging; if not, it copies k and v to join.
 - `row_terms` turns the **global** out, lse and their gradients into what `backward` needs of each
   query, once for all steps: among it `delta = dout . out - dlse`, `[B, Hq, q_len or more]`.
 - `backward` adds this K/V's share of the gradients into `gradients`, or overwrites them.
@@ -57,6 +57,14 @@ class Partial(NamedTuple):
 
     out: Tensor | None
     lse: Tensor
+
+    def in_between(self) -> Partial:
+        """Memory for what runs towards this one, from step to step."""
+        assert self.out is not None
+        return Partial(
+            torch.empty_like(self.out, dtype=compute_dtype(self.out.dtype)),
+            torch.empty_like(self.lse, dtype=torch.float64),
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -69,11 +69,7 @@ def forward(
         k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), more, strict=True))
     if stage is not None:
         assert after.out is not None and (before is None or before.out is None)
-        if running is None:
-            running = Partial(
-                torch.empty_like(after.out, dtype=compute_dtype(q.dtype)),
-                torch.empty_like(after.lse, dtype=torch.float64),
-            )
+        running = running or after.in_between()
         assert running.out is not None
         stage.begin(running.out, 0.0)
         stage.begin(running.lse, -torch.inf if before is None else before.lse)

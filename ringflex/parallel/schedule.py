@@ -53,10 +53,7 @@ def forward(
         else:
             after.lse.copy_(before.lse)
     elif any(compute.merges for compute in computes):
-        running = Partial(
-            torch.empty_like(after.out, dtype=compute_dtype(q.dtype)),
-            torch.empty_like(after.lse, dtype=torch.float64),
-        )
+        running = after.in_between()
 
     def launch(number: int, held: Pair, what: Launch, track: str = "compute") -> None:
         if what.mask is not None:
@@ -68,11 +65,13 @@ def forward(
 
     with lanes.ahead() if apart.mask is not None else nullcontext():
         for number, _, held in _Walk(plan, home):
-            start = lanes.mark() if number == 0 and apart.mask is not None else None
-            launch(number, held, computes[number])
-            if number == 0 and apart.mask is not None:
-                with lanes.behind(start):
-                    launch(0, home, apart, track="behind")
+            if number > 0 or apart.mask is None:
+                launch(number, held, computes[number])
+                continue
+            start = lanes.mark()
+            launch(0, home, computes[0])
+            with lanes.behind(start):
+                launch(0, home, apart, track="behind")
 
 
 def backward(

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ringflex.kernels.block_lists import blocks_per_row
 from ringflex.kernels.stages import ACTIVE, BEGINS, ENDS, Stage
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array, Runs
@@ -99,7 +100,7 @@ def _waiting(plan: Plan, first: BlockMask, stage: Stage) -> Array:
             row[:] = step.stage.turns.reshape(-1) & ACTIVE != 0
     may = sees[0] & sees[1:].any(axis=0)
     waits = np.where(may, np.argmax(sees[1:], axis=0) + 1, 0)
-    work = _blocks_of(first)
+    work = blocks_per_row(first.full) + blocks_per_row(first.partial)
     order = np.argsort(work, kind="stable")
     order = order[waits[order] > 0]
     spare = first.visible_blocks - _HIDDEN * first.H * _on_its_way(plan)
@@ -118,14 +119,6 @@ def _on_its_way(plan: Plan) -> float:
         else:
             far += transfer.count
     return max(costs.near * near, costs.far * far)
-
-
-def _blocks_of(mask: BlockMask) -> Array:
-    """Visible blocks of each row."""
-    total = np.zeros(mask.full.rows, dtype=np.int64)
-    for runs in (mask.full, mask.partial):
-        np.add.at(total, runs.row, runs.end - runs.start)
-    return total
 
 
 def _without(mask: BlockMask, stage: Stage, rows: Array) -> Launch:
