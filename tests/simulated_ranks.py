@@ -110,7 +110,7 @@ def run_ranks(
         try:
             comm: Any = SimulatedCommunicator(network, rank, size)
             plan = replace(plans[rank], comm=comm)
-            local = [plan.shard(x, 2) for x in (q, k, v, dout)]
+            local = [_part(plan, x) for x in (q, k, v, dout)]
             parts[rank] = _attend(plan, kernel, *local, score, sinks, options)
             kinds = {"backward": True, "gradient_dtype": options.gradient_dtype}
             shape: dict[str, Any] = {
@@ -148,12 +148,13 @@ def _attend(
     sinks: Tensor | None,
     options: KernelOptions,
 ) -> tuple[Any, ...]:
-    scale = q.shape[3] ** -0.5
+    scale, compute = q.shape[3] ** -0.5, compute_dtype(q.dtype)
     captures = () if score is None else score.captures
     dcaptures = [torch.zeros_like(c) if c.requires_grad else None for c in captures]
+    exact = any(c.requires_grad for c in captures)
     with torch.no_grad():
-        out = q.new_empty(*q.shape[:3], v.shape[3])
-        lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+        out = q.new_empty(*q.shape[:3], v.shape[3], dtype=compute if exact else q.dtype)
+        lse = q.new_empty(q.shape[:3], dtype=compute)
         before = (
             None if sinks is None else Partial(None, sinks.to(lse)[None, :, None].expand_as(lse))
         )
@@ -164,7 +165,14 @@ def _attend(
             plan, kernel, dout, q, k, v, terms, score, scale, dcaptures, options
         )
     shares = [d for d in dcaptures if d is not None]
-    return out, lse, dq, dk.to(k.dtype), dv.to(v.dtype), shares
+    return out.to(q.dtype), lse, dq, dk.to(k.dtype), dv.to(v.dtype), shares
+
+
+def _part(plan: Plan, x: Tensor) -> Tensor:
+    """This rank's tokens of `x`, in the same storage order."""
+    if x.is_contiguous():
+        return plan.shard(x, 2)
+    return plan.shard(x.transpose(1, 2), 1).transpose(1, 2)
 
 
 def _gather(plans: Sequence[Plan], parts: Sequence[Tensor]) -> Tensor:

@@ -25,6 +25,8 @@ from ringflex.parallel.plan import Plan
 from ringflex.parallel.steps import Step
 
 _HIDDEN = 1.3  # times as long as a transfer takes, what is computed beside it
+_MERGE = 7  # blocks of K/V that are computed while a block of queries is merged
+_FREE = 0.002  # of the local step, which merging may take where nothing need be hidden any more
 
 
 class Launch(NamedTuple):
@@ -103,8 +105,10 @@ def _waiting(plan: Plan, first: BlockMask, stage: Stage) -> Array:
     work = blocks_per_row(first.full) + blocks_per_row(first.partial)
     order = np.argsort(work, kind="stable")
     order = order[waits[order] > 0]
-    spare = first.visible_blocks - _HIDDEN * first.H * _on_its_way(plan)
-    chosen = order[np.cumsum(work[order]) <= spare]
+    total = int(work.sum())
+    spare = total - _HIDDEN * first.H * _on_its_way(plan)
+    most = order.size - int(_FREE * total / _MERGE)
+    chosen = order[np.cumsum(work[order]) <= spare][: max(0, most)]
     kept = np.zeros_like(waits)
     kept[chosen] = waits[chosen]
     return kept

@@ -80,6 +80,19 @@ def test_enough_is_left() -> None:
         assert least <= left < first.visible_blocks / 2
 
 
+def test_long_steps_leave_what_costs_nothing() -> None:
+    """More than hides the transfer; merging that takes 0.2% of the local step, no more."""
+    for plan in rf.plan_all(rf.causal(), 524_288, 2):
+        steps, apart = launches(plan, True)
+        first, merged = plan.steps[0].mask, steps[0].stage
+        assert first is not None and merged is not None
+        left = sum(x.mask.visible_blocks for x in (steps[0], apart) if x.mask is not None)
+        arriving = sum(t.count for t in plan.steps[1].receives)
+        assert left > 10 * waiting._HIDDEN * plan.outline.reads.costs.near * arriving
+        rows = (merged.turns & ENDS == 0) & (merged.turns & ACTIVE != 0)
+        assert 0 < waiting._MERGE * rows.sum() <= 0.002 * first.visible_blocks
+
+
 def test_kernels_that_cannot() -> None:
     for plan in rf.plan_all(rf.causal(), 1024, 2):
         steps, apart = launches(plan, False)
