@@ -111,14 +111,14 @@ def grid(device: torch.device) -> None:
 
 def randomly(device: torch.device, count: int | None = None) -> None:
     """All cases, then the comparisons, which take longest: each rank has its share of them."""
-    found = [
-        run_case(case, layout, strategy, device)
-        for case, layout, strategy in random_cases()[:count]
-    ]
+    cases, started, found = random_cases()[:count], time.perf_counter(), []
+    for case, layout, strategy in cases:
+        found.append(run_case(case, layout, strategy, device))
+        if len(found) % 25 == 0:
+            say(f"random: {len(found)} have run after {time.perf_counter() - started:.0f} s")
     torch.cuda.synchronize()
-    say("random: all cases have run")
     rank, size = dist.get_rank(), dist.get_world_size()
-    for (case, layout, strategy), results in list(zip(random_cases()[:count], found))[rank::size]:
+    for (case, layout, strategy), results in list(zip(cases, found, strict=True))[rank::size]:
         assert_equals_reference(case, results, f"{layout} {strategy}")
     dist.barrier()
     say(f"random: {len(found)} cases agree with fp64")
