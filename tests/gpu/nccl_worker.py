@@ -1,8 +1,8 @@
-"""Run by torchrun, one process a GPU: `nccl_worker.py grid random stress`, or `die`, or `stall`.
+"""Run by torchrun, one process a GPU: `nccl_worker.py grid random:0 stress`, or `die`, or `stall`.
 
-grid: masks x layouts x strategies x dtypes; random: 200 random cases; both against the fp64
-reference. stress: 1,000 steps, each with another mask, beside other users of NCCL. die, stall: the
-last rank does, in the middle of a call.
+grid: masks x layouts x strategies x dtypes; random:N: the Nth share of 200 random cases; both
+against the fp64 reference. some:N: the same of the first 50. stress: 1,000 steps, each with another
+mask, beside other users of NCCL. die, stall: the last rank does, in the middle of a call.
 """
 
 import faulthandler
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from random_cases import random_cases
+from random_cases import SHARES, random_cases
 from torch import Tensor
 
 import ringflex as rf
@@ -109,23 +109,17 @@ def grid(device: torch.device) -> None:
     say(f"grid: {len(masks(device))} masks x 3 dtypes x layouts x strategies agree with fp64")
 
 
-def randomly(device: torch.device, count: int | None = None) -> None:
-    """All cases, then the comparisons, which take longest: each rank has its share of them."""
-    cases, started, found = random_cases()[:count], time.perf_counter(), []
-    for case, layout, strategy in cases:
-        found.append(run_case(case, layout, strategy, device))
-        if len(found) % 25 == 0:
-            say(f"random: {len(found)} have run after {time.perf_counter() - started:.0f} s")
+def randomly(share: int, device: torch.device, count: int | None = None) -> None:
+    """A share of the random cases: all of them, then the comparisons, which take longest: each
+    rank has its part of them."""
+    cases = random_cases()[:count][share::SHARES]
+    found = [run_case(case, layout, strategy, device) for case, layout, strategy in cases]
     torch.cuda.synchronize()
     rank, size = dist.get_rank(), dist.get_world_size()
     for (case, layout, strategy), results in list(zip(cases, found, strict=True))[rank::size]:
         assert_equals_reference(case, results, f"{layout} {strategy}")
     dist.barrier()
     say(f"random: {len(found)} cases agree with fp64")
-
-
-def some(device: torch.device) -> None:
-    randomly(device, 50)
 
 
 def run_case(case: Case, layout: str, strategy: str, device: torch.device) -> Reference:
@@ -230,12 +224,13 @@ def main() -> None:
     failing = [name for name in what if name in ("die", "stall")]
     timeout = FAILURE_TIMEOUT if failing else timedelta(seconds=60)
     dist.init_process_group("nccl", device_id=device, timeout=timeout)
-    for name in what:
+    for name, _, share in (part.partition(":") for part in what):
         if name in failing:
             fail(name, device)
+        elif name in ("random", "some"):
+            randomly(int(share), device, 50 if name == "some" else None)
         else:
-            known = {"grid": grid, "random": randomly, "some": some, "stress": stress}
-            known[name](device)
+            {"grid": grid, "stress": stress}[name](device)
     dist.destroy_process_group()
 
 

@@ -4,8 +4,8 @@ of 64, which the portable kernels compute, and half in blocks of 128, for Hopper
 
     PYTHONPATH=tests python tests/gpu/random_cases.py 0   # the first share of them, simulated
 
-The ranks of that form live in one process, on one GPU. Run for every share at once, before the real
-ranks, it compiles the same kernels. A share has cases of one kind and block size.
+The ranks of that form live in one process, on one GPU. A share has cases of one kind and block
+size; all are run at once, as compiling takes longest.
 """
 
 import random

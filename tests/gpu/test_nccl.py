@@ -4,25 +4,26 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from random_cases import SHARES
 
 HERE = Path(__file__).parent
-SHARES = range(32)  # of random_cases.py
-AT_ONCE = min(len(SHARES), os.cpu_count() or 1)
+CORES = os.cpu_count() or 1
+RANKS = min(4, torch.cuda.device_count())
 SURROUNDINGS = os.environ | {
     "PYTHONPATH": f"{HERE.parent}:{HERE.parent.parent}",
-    "OMP_NUM_THREADS": str((os.cpu_count() or 1) // AT_ONCE),
+    "OMP_NUM_THREADS": str(max(1, CORES // SHARES)),
 }
 
 
-def torchrun(*what: str) -> None:
+def torchrun(*what: str) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(min(4, torch.cuda.device_count()))]
-    run([*command, str(HERE / "nccl_worker.py"), *what])
+    return [*command, "--nproc-per-node", str(RANKS), str(HERE / "nccl_worker.py"), *what]
 
 
 def run(command: list[str]) -> None:
@@ -30,18 +31,30 @@ def run(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def run_at_once(commands: Iterable[list[str]], processes: int) -> None:
+    """As many as there are cores, as compiling takes longest.
+
+    processes: of a command.
+    """
+    with ThreadPoolExecutor(max(1, CORES // processes)) as pool:
+        list(pool.map(run, commands))
+
+
 @pytest.mark.gpu(count=1)
 def test_simulated_ranks_equal_reference() -> None:
-    """In many processes, as compiling takes longest."""
     script = str(HERE / "random_cases.py")
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(run, [[sys.executable, script, str(i)] for i in SHARES]))
+    run_at_once(([sys.executable, script, str(i)] for i in range(SHARES)), 1)
 
 
 @pytest.mark.gpu(count=2)
-@pytest.mark.parametrize("what", ["grid", "random", "stress"])
+def test_random_cases_equal_reference() -> None:
+    run_at_once((torchrun(f"random:{i}") for i in range(SHARES)), RANKS)
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.parametrize("what", ["grid", "stress"])
 def test_sharded_attention_equals_reference(what: str) -> None:
-    torchrun(what)
+    run(torchrun(what))
 
 
 @pytest.mark.gpu(count=2)
