@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringflex.kernels.contract import Tile
+from ringflex.kernels.triton_launch import Prepared
+from ringflex.kernels.triton_setup import alignment
+
 _ELEMENTS = 4096  # at a time
+_TILE = Tile(0, 0, num_warps=4, num_stages=0)
 UNIT = tl.constexpr(16)  # elements; messages' pieces begin at multiples of it
 
 
-class Places(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Places:
     """Where the blocks of messages are, int32, on the GPU.
 
     Attributes:
@@ -21,10 +28,12 @@ class Places(NamedTuple):
             its first head is, in `UNIT`s. From head to head are n blocks.
         sums: a row `[group, block, first, end]` for each block that is added to, of the rows of
             `of_blocks` that are added.
+        prepared: launches, by what they depend on.
     """
 
     of_blocks: Tensor
     sums: Tensor
+    prepared: dict[Any, Prepared] = field(default_factory=dict, init=False)
 
 
 @triton.jit
@@ -55,7 +64,7 @@ def _head_of_block(x, group, block, inner, heads, per_group, BLOCK: tl.constexpr
 @triton.jit(do_not_specialize=["heads", "per_group"])
 def move_kernel(
     k, v, messages, of_blocks, heads, per_group,
-    BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, INTO: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, INTO: tl.constexpr,
 ):  # fmt: skip
     """Grid: `(blocks, per_group * heads, 2)`, for K and for V.
 
@@ -130,13 +139,16 @@ def move_blocks(
         k, v: `[B, H, tokens, D]`; unit stride in D. messages: flat; of any dtype.
         groups: of batch elements. into: from the messages into k and v, else out of them.
     """
-    count, per_group = places.of_blocks.shape[0], k.shape[0] // groups
-    if count:
-        move_kernel[(count, per_group * k.shape[1], 2)](
-            _strided(k), _strided(v), messages, places.of_blocks, k.shape[1], per_group,
-            BLOCK=block_size, D=k.shape[3], DV=v.shape[3], INTO=into, N=_at_once(k, block_size),
-            num_warps=4,
-        )  # fmt: skip
+    if places.of_blocks.shape[0] == 0:
+        return
+    key = into, *_kind(k, v, messages)
+    ready = places.prepared.get(key)
+    if ready is None:
+        grid, shape, constants = _launch(places.of_blocks, k, v, groups, block_size)
+        ready = places.prepared[key] = Prepared(
+            move_kernel, grid, (places.of_blocks, *shape), (*constants, into), _TILE
+        )
+    ready(_strided(k), _strided(v), messages)
 
 
 def sum_blocks(
@@ -145,13 +157,30 @@ def sum_blocks(
 ) -> None:  # fmt: skip
     """`total_k` and `total_v`, perhaps k and v themselves: k and v plus the messages' blocks, at
     the blocks of `places.sums`; otherwise as `move_blocks`."""
-    count, per_group = places.sums.shape[0], k.shape[0] // groups
-    if count:
-        sum_kernel[(count, per_group * k.shape[1], 2)](
-            _strided(k), _strided(v), _strided(total_k), _strided(total_v), messages,
-            places.of_blocks, places.sums, k.shape[1], per_group,
-            BLOCK=block_size, D=k.shape[3], DV=v.shape[3], N=_at_once(k, block_size), num_warps=4,
-        )  # fmt: skip
+    if places.sums.shape[0] == 0:
+        return
+    key = "sum", *_kind(k, v, total_k, total_v, messages)
+    ready = places.prepared.get(key)
+    if ready is None:
+        grid, shape, constants = _launch(places.sums, k, v, groups, block_size)
+        fixed = (places.of_blocks, places.sums, *shape)
+        ready = places.prepared[key] = Prepared(sum_kernel, grid, fixed, constants, _TILE)
+    ready(_strided(k), _strided(v), _strided(total_k), _strided(total_v), messages)
+
+
+def _kind(*tensors: Tensor) -> tuple[Any, ...]:
+    """What a launch for them depends on."""
+    return (alignment(*tensors), *((x.dtype, x.shape, x.stride()) for x in tensors))
+
+
+def _launch(
+    rows: Tensor, k: Tensor, v: Tensor, groups: int, block_size: int
+) -> tuple[tuple[int, int, int], tuple[int, int], tuple[int, ...]]:
+    """Grid, `heads` and `per_group`, and constants of a kernel with a program for each row, head,
+    and of K and V."""
+    heads, per_group = k.shape[1], k.shape[0] // groups
+    grid = (rows.shape[0], per_group * heads, 2)
+    return grid, (heads, per_group), (block_size, k.shape[3], v.shape[3], _at_once(k, block_size))
 
 
 def _at_once(k: Tensor, block_size: int) -> int:

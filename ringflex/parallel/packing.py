@@ -52,7 +52,7 @@ class Messages:
         per_block = sum(x.shape[0] * x.shape[1] * block_size * x.shape[3] for x in like)
         sizes = [t.count * per_block // self.groups for t in transfers]
         self.flat = like.k.new_empty(sum(sizes), dtype=dtype)
-        self.parts = self.flat.split(sizes)
+        self.parts = self.flat.split_with_sizes(sizes)
 
     @property
     def to_peers(self) -> list[tuple[int, Tensor]]:
