@@ -44,7 +44,7 @@ def forward(
     On a GPU, queries that see only local K/V are left behind the rest (see `lanes`).
     """
     assert after.out is not None
-    home, (computes, apart) = Pair(k, v), launches(plan, kernel.joins)
+    home, (computes, apart, merge) = Pair(k, v), launches(plan, kernel.joins)
     running, lanes = None, Lanes(q.device)
     if not any(step.mask is not None for step in plan.steps):
         after.out.zero_()
@@ -52,7 +52,7 @@ def forward(
             after.lse.fill_(-torch.inf)
         else:
             after.lse.copy_(before.lse)
-    elif any(compute.merges for compute in computes):
+    elif merge:
         running = after.in_between()
 
     def launch(number: int, held: Pair, what: Launch, track: str = "compute") -> None:

@@ -56,10 +56,12 @@ class Launches(NamedTuple):
     Attributes:
         steps: in each step, when its K/V is there.
         apart: of the local step, what nothing waits for; if there are other steps.
+        merge: whether one of `steps` merges.
     """
 
     steps: tuple[Launch, ...]
     apart: Launch = Launch(None, None)
+    merge: bool = False
 
 
 def launches(plan: Plan, joins: bool) -> Launches:
@@ -87,7 +89,8 @@ def _launches(plan: Plan, first: BlockMask, stage: Stage, joins: bool) -> Launch
             made[number] = _with_local(plan.steps[number], first, waits == number)
     apart = stage.turns.reshape(-1) & (BEGINS | ENDS) == BEGINS | ENDS
     made[0] = _without(first, stage, apart | (waits > 0))
-    return Launches(tuple(made), _without(first, stage, ~apart))
+    merge = any(launch.merges for launch in made)
+    return Launches(tuple(made), _without(first, stage, ~apart), merge)
 
 
 def _waiting(plan: Plan, first: BlockMask, stage: Stage) -> Array:

@@ -55,7 +55,7 @@ def test_the_same_blocks_in_fewer_launches(case: MaskCase, strategy: str) -> Non
     for world_size in (2, 3):
         for plan in plans(case, world_size, strategy):
             with hiding():
-                steps, apart = launches(plan, True)
+                steps, apart, _ = launches(plan, True)
             found = [*steps, apart]
             assert set().union(*map(seen, found)) == set().union(*map(seen, plan.steps))
             assert sum(map(len, map(seen, found))) == sum(map(len, map(seen, plan.steps)))
@@ -71,7 +71,7 @@ def test_the_same_blocks_in_fewer_launches(case: MaskCase, strategy: str) -> Non
 
 def test_enough_is_left() -> None:
     for plan in rf.plan_all(rf.causal(), 65_536, 2):
-        steps, apart = launches(plan, True)
+        steps, apart, _ = launches(plan, True)
         first, rest = plan.steps[0].mask, [x.mask for x in (steps[0], apart) if x.mask is not None]
         assert first is not None and rest
         arriving = sum(t.count for t in plan.steps[1].receives)
@@ -83,7 +83,7 @@ def test_enough_is_left() -> None:
 def test_long_steps_leave_what_costs_nothing() -> None:
     """More than hides the transfer; merging that takes 0.2% of the local step, no more."""
     for plan in rf.plan_all(rf.causal(), 524_288, 2):
-        steps, apart = launches(plan, True)
+        steps, apart, _ = launches(plan, True)
         first, merged = plan.steps[0].mask, steps[0].stage
         assert first is not None and merged is not None
         left = sum(x.mask.visible_blocks for x in (steps[0], apart) if x.mask is not None)
@@ -95,7 +95,7 @@ def test_long_steps_leave_what_costs_nothing() -> None:
 
 def test_kernels_that_cannot() -> None:
     for plan in rf.plan_all(rf.causal(), 1024, 2):
-        steps, apart = launches(plan, False)
+        steps, apart, _ = launches(plan, False)
         for launch, step in zip(steps[1:], plan.steps[1:], strict=True):
             assert launch.mask is step.mask and launch.stage is step.stage and not launch.more
         assert seen(steps[0]) | seen(apart) == seen(plan.steps[0])
@@ -109,7 +109,8 @@ def test_nothing_merges_where_all_wait() -> None:
     for plan in made[1:]:
         assert any(Launch(s.mask, s.stage).merges for s in plan.steps)
         with hiding():
-            assert not any(launch.merges for launch in launches(plan, True).steps)
+            found = launches(plan, True)
+            assert not found.merge and not any(launch.merges for launch in found.steps)
 
 
 @pytest.mark.parametrize(
