@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.timeout(900)  # they compile kernels, for minutes
 HERE = Path(__file__).parent
 PROCESSES = 12  # at once, as compiling takes longest
 SURROUNDINGS = os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE.parent.parent}"}

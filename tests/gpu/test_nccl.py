@@ -12,6 +12,7 @@ import pytest
 import torch
 from random_cases import SHARES
 
+pytestmark = pytest.mark.timeout(900)  # they compile kernels, for minutes
 HERE = Path(__file__).parent
 CORES = os.cpu_count() or 1
 RANKS = min(4, torch.cuda.device_count())
