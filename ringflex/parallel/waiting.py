@@ -12,6 +12,7 @@ wherever other launches leave room.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -60,8 +61,8 @@ class Launches(NamedTuple):
     """
 
     steps: tuple[Launch, ...]
-    apart: Launch = Launch(None, None)
-    merge: bool = False
+    apart: Launch
+    merge: bool
 
 
 def launches(plan: Plan, joins: bool) -> Launches:
@@ -72,7 +73,7 @@ def launches(plan: Plan, joins: bool) -> Launches:
     """
     first = plan.steps[0]
     if first.mask is None or first.stage is None:
-        return Launches(tuple(Launch(step.mask, step.stage) for step in plan.steps))
+        return _of(Launch(step.mask, step.stage) for step in plan.steps)
     key = "launches", joins
     if key not in plan.cache:
         plan.cache[key] = _launches(plan, first.mask, first.stage, joins)
@@ -89,8 +90,12 @@ def _launches(plan: Plan, first: BlockMask, stage: Stage, joins: bool) -> Launch
             made[number] = _with_local(plan.steps[number], first, waits == number)
     apart = stage.turns.reshape(-1) & (BEGINS | ENDS) == BEGINS | ENDS
     made[0] = _without(first, stage, apart | (waits > 0))
-    merge = any(launch.merges for launch in made)
-    return Launches(tuple(made), _without(first, stage, ~apart), merge)
+    return _of(made, _without(first, stage, ~apart))
+
+
+def _of(steps: Iterable[Launch], apart: Launch = Launch(None, None)) -> Launches:
+    steps = tuple(steps)
+    return Launches(steps, apart, any(launch.merges for launch in steps))
 
 
 def _waiting(plan: Plan, first: BlockMask, stage: Stage) -> Array:

@@ -55,7 +55,8 @@ def test_the_same_blocks_in_fewer_launches(case: MaskCase, strategy: str) -> Non
     for world_size in (2, 3):
         for plan in plans(case, world_size, strategy):
             with hiding():
-                steps, apart, _ = launches(plan, True)
+                steps, apart, merge = launches(plan, True)
+            assert merge == any(launch.merges for launch in steps)
             found = [*steps, apart]
             assert set().union(*map(seen, found)) == set().union(*map(seen, plan.steps))
             assert sum(map(len, map(seen, found))) == sum(map(len, map(seen, plan.steps)))
