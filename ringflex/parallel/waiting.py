@@ -51,6 +51,9 @@ class Launch(NamedTuple):
         return bool(((turns != 0) & (turns != ACTIVE | BEGINS | ENDS)).any())
 
 
+_NOTHING = Launch(None, None)
+
+
 class Launches(NamedTuple):
     """What a forward computes.
 
@@ -93,7 +96,7 @@ def _launches(plan: Plan, first: BlockMask, stage: Stage, joins: bool) -> Launch
     return _of(made, _without(first, stage, ~apart))
 
 
-def _of(steps: Iterable[Launch], apart: Launch = Launch(None, None)) -> Launches:
+def _of(steps: Iterable[Launch], apart: Launch = _NOTHING) -> Launches:
     steps = tuple(steps)
     return Launches(steps, apart, any(launch.merges for launch in steps))
 
@@ -140,7 +143,7 @@ def _without(mask: BlockMask, stage: Stage, rows: Array) -> Launch:
 
     turns = np.where(rows.reshape(stage.turns.shape), 0, stage.turns).astype(np.int32)
     if not turns.any():
-        return Launch(None, None)
+        return _NOTHING
     mask = replace(mask, full=select(mask.full), partial=select(mask.partial), cache={})
     return Launch(mask, replace(stage, turns=turns, cache={}))
 
