@@ -10,7 +10,7 @@ count; before each repeat the ranks wait for each other, and the slowest rank's 
 Efficiency is the time of our own one-GPU kernel on the same problem, measured in the same run on
 every GPU at once (also there the slowest counts), before and after (the mean of both counts, as
 GPUs slow down when they get hot), over W times the time on W GPUs. Before each
-repeat the GPUs are kept busy for about 8 ms, so that the host is ahead of them, as in a training
+repeat the GPUs are kept busy for about 2 ms, so that the host is ahead of them, as in a training
 step; what the host takes is measured apart: where it takes longer than the GPUs, it is what counts.
 Exposed communication is the time with transfers less the time of the same plan without any. Every
 contender's out, dq, dk and dv are compared, at some tokens, with those of one GPU; `--check` first
