@@ -67,6 +67,11 @@ class Launches(NamedTuple):
     apart: Launch
     merge: bool
 
+    @classmethod
+    def of(cls, steps: Iterable[Launch], apart: Launch = _NOTHING) -> Launches:
+        steps = tuple(steps)
+        return cls(steps, apart, any(launch.merges for launch in steps))
+
 
 def launches(plan: Plan, joins: bool) -> Launches:
     """Those of a plan. Kept with it, unless they are just its steps: a mask for one GPU would keep
@@ -76,7 +81,7 @@ def launches(plan: Plan, joins: bool) -> Launches:
     """
     first = plan.steps[0]
     if first.mask is None or first.stage is None:
-        return _of(Launch(step.mask, step.stage) for step in plan.steps)
+        return Launches.of(Launch(step.mask, step.stage) for step in plan.steps)
     key = "launches", joins
     if key not in plan.cache:
         plan.cache[key] = _launches(plan, first.mask, first.stage, joins)
@@ -93,12 +98,7 @@ def _launches(plan: Plan, first: BlockMask, stage: Stage, joins: bool) -> Launch
             made[number] = _with_local(plan.steps[number], first, waits == number)
     apart = stage.turns.reshape(-1) & (BEGINS | ENDS) == BEGINS | ENDS
     made[0] = _without(first, stage, apart | (waits > 0))
-    return _of(made, _without(first, stage, ~apart))
-
-
-def _of(steps: Iterable[Launch], apart: Launch = _NOTHING) -> Launches:
-    steps = tuple(steps)
-    return Launches(steps, apart, any(launch.merges for launch in steps))
+    return Launches.of(made, _without(first, stage, ~apart))
 
 
 def _waiting(plan: Plan, first: BlockMask, stage: Stage) -> Array:
