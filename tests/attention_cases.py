@@ -113,19 +113,21 @@ class Problem:
     def shard(self, plan: rf.Plan, fill: float = 0) -> "Problem":
         """This rank's part, in the same storage order; padding of q, k and v holds `fill`."""
 
-        def part(x: Tensor, fill: float = 0) -> Tensor:
-            if x.is_contiguous():
-                return plan.shard(x, 2, fill)
-            return plan.shard(x.transpose(1, 2), 1, fill).transpose(1, 2)
-
         return replace(
             self,
-            q=part(self.q, fill),
-            k=part(self.k, fill),
-            v=part(self.v, fill),
-            dout=part(self.dout),
-            dlse=None if self.dlse is None else part(self.dlse),
+            q=shard(plan, self.q, fill),
+            k=shard(plan, self.k, fill),
+            v=shard(plan, self.v, fill),
+            dout=shard(plan, self.dout),
+            dlse=None if self.dlse is None else shard(plan, self.dlse),
         )
+
+
+def shard(plan: rf.Plan, x: Tensor, fill: float = 0) -> Tensor:
+    """This rank's tokens of `x [B, H, S, ...]`, in the same storage order."""
+    if x.is_contiguous():
+        return plan.shard(x, 2, fill)
+    return plan.shard(x.transpose(1, 2), 1, fill).transpose(1, 2)
 
 
 def attend(problem: Problem, block_mask: Any, **options: Any) -> Reference:

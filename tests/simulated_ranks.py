@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention_cases import shard
 from ringflex.kernels.contract import KernelOptions, Partial, compute_dtype
 from ringflex.masks.trace import trace_score
 from ringflex.parallel import schedule
@@ -110,7 +111,7 @@ def run_ranks(
         try:
             comm: Any = SimulatedCommunicator(network, rank, size)
             plan = replace(plans[rank], comm=comm)
-            local = [_part(plan, x) for x in (q, k, v, dout)]
+            local = [shard(plan, x) for x in (q, k, v, dout)]
             parts[rank] = _attend(plan, kernel, *local, score, sinks, options)
             kinds = {"backward": True, "gradient_dtype": options.gradient_dtype}
             shape: dict[str, Any] = {
@@ -166,13 +167,6 @@ def _attend(
         )
     shares = [d for d in dcaptures if d is not None]
     return out.to(q.dtype), lse, dq, dk.to(k.dtype), dv.to(v.dtype), shares
-
-
-def _part(plan: Plan, x: Tensor) -> Tensor:
-    """This rank's tokens of `x`, in the same storage order."""
-    if x.is_contiguous():
-        return plan.shard(x, 2)
-    return plan.shard(x.transpose(1, 2), 1).transpose(1, 2)
 
 
 def _gather(plans: Sequence[Plan], parts: Sequence[Tensor]) -> Tensor:
