@@ -38,6 +38,7 @@ class Case:
     mask, score: keys of MASKS and SCORES.
     dlse: whether a gradient comes through lse as well.
     bshd: q, k, v and dout are views of `[B, S, H, D]` storage.
+    growth: of the keys, from the first to the last.
     """
 
     mask: str = "causal"
@@ -53,6 +54,7 @@ class Case:
     dlse: bool = False
     bshd: bool = False
     block_size: int = 16
+    growth: float = 1.0
     seed: int = 0  # of the tensors, not of the mask
 
     def __str__(self) -> str:
@@ -70,22 +72,25 @@ class Case:
         """The values are those of the case's dtype; `dtype` is what they are stored in."""
         generator = torch.Generator().manual_seed(1234 + self.seed)
 
-        def make(*shape: int, scale: float = 1.0, requires_grad: bool = False) -> Tensor:
+        def make(
+            *shape: int, scale: float | Tensor = 1.0, requires_grad: bool = False
+        ) -> Tensor:
             x = scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
             x = x.to(self.dtype).to(device, dtype or self.dtype)
             return x.requires_grad_(requires_grad)
 
-        def heads(H: int, D: int) -> Tensor:
+        def heads(H: int, D: int, growth: float = 1.0) -> Tensor:
+            grown = growth ** torch.linspace(0, 1, self.seq_len, dtype=torch.float64)
             if self.bshd:
-                return make(self.B, self.seq_len, H, D).transpose(1, 2)
-            return make(self.B, H, self.seq_len, D)
+                return make(self.B, self.seq_len, H, D, scale=grown[:, None, None]).transpose(1, 2)
+            return make(self.B, H, self.seq_len, D, scale=grown[:, None])
 
         score, captures = None, ()
         if self.score is not None:
             score, captures = SCORES[self.score](self, make)
         return Problem(
             q=heads(self.Hq, self.D),
-            k=heads(self.Hkv, self.D),
+            k=heads(self.Hkv, self.D, self.growth),
             v=heads(self.Hkv, self.Dv),
             dout=heads(self.Hq, self.Dv),
             dlse=make(self.B, self.Hq, self.seq_len) if self.dlse else None,

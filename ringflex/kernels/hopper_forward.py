@@ -23,178 +23,45 @@ from ringflex.kernels.hopper_common import (
     FIRST_BARRIER,
     HANDOVER,
     WORDS,
-    head_and_place,
-    leave,
     read_word,
-    take,
-    write_word,
 )
-from ringflex.kernels.hopper_intrinsics import come, packed, tma_load, unpacked, wait_for
-from ringflex.kernels.hopper_softmax import softmax
+from ringflex.kernels.hopper_intrinsics import come, hold_until, packed, unpacked, wait_for
+from ringflex.kernels.hopper_producer import GROUPS, ROWS, produce
+from ringflex.kernels.hopper_retries import (
+    EMPTY,
+    FAILURES,
+    FLUSH,
+    ISSUED,
+    RUNNING,
+    how_computed,
+    report,
+)
+from ringflex.kernels.hopper_softmax import in_lanes, out_of_range, softmax
 from ringflex.kernels.triton_common import (
     BEGINS,
     ENDS,
     LN2,
     LOWEST,
     earlier_lse,
-    first_tile,
-    following_tile,
     merge_weights,
-    position_of,
     row_places,
 )
-
-ROWS = gl.constexpr(64)  # queries per warpgroup
-GROUPS = gl.constexpr(2)
-
-
-@gluon.jit
-def _load_list(
-    loaded, first, previous, k, v, more, buffers, barriers, positions, b, kv_head, run, tiles, runs,
-    kv_starts,
-    POSITIONS: gl.constexpr, IN_ORDER: gl.constexpr, BLOCK_N: gl.constexpr, TILES: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """Loads the K/V of one list; V one tile later than K, as the consumers want them."""
-    k_buffers, v_buffers = buffers[1], buffers[2]
-    k_full, v_full = barriers[2], barriers[3]
-    tile, end, run, next_tile, next_end = first_tile(runs, run, TILES)
-    for _ in range(tiles):
-        slot = loaded % STAGES
-        if loaded >= STAGES:
-            wait_for(FIRST_BARRIER + slot, HANDOVER)
-        if POSITIONS:
-            write_word(positions, slot, position_of(kv_starts, tile, BLOCK_N, TILES, IN_ORDER))
-        mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
-        row = tile * BLOCK_N
-        _load(k, more[0], more[2], b, kv_head, row, k_full.index(slot), k_buffers.index(slot))
-        if loaded > first:
-            _load_v(v, more, v_buffers, v_full, b, kv_head, previous, loaded - 1, STAGES)
-        previous = row
-        loaded += 1
-        tile, end, run, next_tile, next_end = following_tile(
-            runs, tile, end, run, next_tile, next_end, TILES
-        )
-    return loaded, previous
-
-
-@gluon.jit
-def _load(x, more, split, b, head, row, full, buffer):
-    """A tile, from row `split` on of `more`; None: of which there is nothing."""
-    if more is None:  # noqa: SIM114
-        tma_load(x, [b, head, row, 0], full, buffer)
-    elif row < split:  # not `or`: of None, there is no comparison
-        tma_load(x, [b, head, row, 0], full, buffer)
-    else:
-        tma_load(more, [b, head, row - split, 0], full, buffer)
-
-
-@gluon.jit
-def _load_v(v, more, v_buffers, v_full, b, kv_head, row, number, STAGES: gl.constexpr):
-    slot = number % STAGES
-    if number >= STAGES:
-        wait_for(FIRST_BARRIER + STAGES + slot, HANDOVER)
-    mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
-    _load(v, more[1], more[2], b, kv_head, row, v_full.index(slot), v_buffers.index(slot))
-
-
-@gluon.jit
-def _produce(
-    q, k, v, more, shared, lists, shape,
-    score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
-    IN_PLACE: gl.constexpr, STAGED: gl.constexpr,
-    BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr, STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
-):  # fmt: skip
-    """The producer warp."""
-    BLOCK_M: gl.constexpr = GROUPS * ROWS
-    Q_STAGES: gl.constexpr = 2 if AHEAD else 1
-    buffers, barriers, queue, positions = shared
-    counters, words, words_full, words_empty = queue
-    q_buffers, v_buffers = buffers[0], buffers[2]
-    q_full, q_empty, v_full = barriers[0], barriers[1], barriers[3]
-    rows, runs, order, turns, q_starts, kv_starts = lists
-    heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b = shape[:6]
-    together, total_heads, sections = shape[6:9]
-    total = total_heads * blocks * TILES_M
-    left = shape[9] + gl.program_id(0) % shape[10]
-    work = take(counters)
-    loaded = gl.to_tensor(0)
-    given = gl.to_tensor(0)
-    with_keys = gl.to_tensor(0)
-    previous = gl.to_tensor(0)
-    while work < total:
-        left -= 1
-        upcoming = total
-        if left > 0:
-            upcoming = take(counters)
-        head, place = head_and_place(work, together, total_heads, sections)
-        b, h = head // heads, head % heads
-        first_row = b * row_stride_b + h * row_stride_h
-        block = gl.load(order + first_row + place // TILES_M)
-        within = place % TILES_M * BLOCK_M
-        listed = rows + 4 * (first_row + block)
-        partial, full = gl.load(listed + 1) * TILES_N, gl.load(listed + 3) * TILES_N
-        turn = gl.to_tensor(0)
-        wanted = total > 0
-        if STAGED:
-            turn = gl.load(turns + first_row + block)
-            wanted = turn != 0
-        elif IN_PLACE:
-            wanted = partial + full > 0
-        if wanted:
-            slot = given % 2
-            mbarrier.wait(words_empty.index(slot), (given // 2 & 1) ^ 1)
-            start = block * (TILES_M * BLOCK_M) + within
-            write_word(words, slot * WORDS, partial + full)
-            write_word(words, slot * WORDS + 1, partial)
-            write_word(words, slot * WORDS + 2, head)
-            write_word(words, slot * WORDS + 3, start)
-            write_word(words, slot * WORDS + 4, gl.load(q_starts + block) + within)
-            write_word(words, slot * WORDS + 5, turn)
-            mbarrier.arrive(words_full.index(slot), count=1)
-            given += 1
-            if partial + full > 0:
-                for c in gl.static_range(GROUPS):
-                    at = with_keys % Q_STAGES * GROUPS + c
-                    mbarrier.wait(q_empty.index(at), (with_keys // Q_STAGES & 1) ^ 1)
-                    mbarrier.expect(q_full.index(at), q.block_type.nbytes)
-                    tma_load(q, [b, h, start + c * ROWS, 0], q_full.index(at), q_buffers.index(at))
-                with_keys += 1
-                first, kv_head, starts = loaded, h // group, kv_starts + b * kv_stride_b
-                if PARTIAL:
-                    loaded, previous = _load_list(
-                        loaded, first, previous, k, v, more, buffers, barriers, positions, b,
-                        kv_head, gl.load(listed), partial, runs, starts,
-                        True, IN_ORDER, BLOCK_N, TILES_N, STAGES,
-                    )  # fmt: skip
-                loaded, previous = _load_list(
-                    loaded, first, previous, k, v, more, buffers, barriers, positions, b, kv_head,
-                    gl.load(listed + 2), full, runs, starts,
-                    PARTIAL or score_mod is not None, IN_ORDER, BLOCK_N, TILES_N, STAGES,
-                )  # fmt: skip
-                _load_v(v, more, v_buffers, v_full, b, kv_head, previous, loaded - 1, STAGES)
-        work = upcoming
-    slot = given % 2
-    mbarrier.wait(words_empty.index(slot), (given // 2 & 1) ^ 1)
-    write_word(words, slot * WORDS, -1)
-    mbarrier.arrive(words_full.index(slot), count=1)
-    leave(counters)
-
 
 @gluon.jit
 def _step(
     number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx, kv_limit, scale,
     mask_tables, score_tables,
-    MASKED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, S: gl.constexpr, O: gl.constexpr, P: gl.constexpr,
-    D_PAD: gl.constexpr, DV_PAD: gl.constexpr, ANEW: gl.constexpr,
+    MASKED: gl.constexpr, FIXED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, S: gl.constexpr, O: gl.constexpr, P: gl.constexpr,
+    D_PAD: gl.constexpr, DV_PAD: gl.constexpr, ANEW: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of tile `number`, while the weights before it meet their values.
 
-    q_at: which buffer of queries. ANEW: its address is made in every step, instead of kept in
-    registers.
+    q_at: which buffer of queries. FIXED: with the maximum as it is; see `softmax`. ANEW: the
+    address of queries is made in every step, instead of kept in registers.
     """
+    IN_TURN: gl.constexpr = FIXED and _in_turn(score_mod, D_PAD, DV_PAD)
+    TURNS: gl.constexpr = FIRST_BARRIER + 2 * STAGES
     acc, p, m, l = carry
     q_tiles, k_tiles, v_tiles = buffers
     k_full, v_full = barriers[2], barriers[3]
@@ -205,10 +72,14 @@ def _step(
         q_at += number >> 30  # plus 0, unknown to the compiler
     q_tile = q_tiles.index(q_at).reshape([ROWS, D_PAD])
     k_tile = k_tiles.index(slot).reshape([BLOCK_N, D_PAD])
+    if IN_TURN:
+        wait_for(TURNS + GROUP, "256")
     s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(v_slot), v_turn)
     v_tile = v_tiles.index(v_slot).reshape([BLOCK_N, DV_PAD])
     adding = warpgroup_mma(unpacked(p, k_tiles.dtype, P), v_tile, acc, is_async=True)
+    if IN_TURN:
+        come(TURNS + 1 - GROUP, "256")
     kv_start = gl.to_tensor(0)
     if MASKED or score_mod is not None:
         kv_start = read_word(positions, slot)
@@ -216,12 +87,22 @@ def _step(
     come(FIRST_BARRIER + slot, HANDOVER)
     p, m, l, shrink = softmax(
         s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
-        MASKED, mask_mod, score_mod, BLOCK_N, S,
+        MASKED, FIXED, mask_mod, score_mod, BLOCK_N, S,
     )  # fmt: skip
+    if FIXED:
+        hold_until(l)
     acc = warpgroup_mma_wait(0, deps=(adding,))
     come(FIRST_BARRIER + STAGES + v_slot, HANDOVER)
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+    if not FIXED:
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
     return acc, packed(p, k_tiles.dtype), m, l
+
+
+@gluon.constexpr_function
+def _in_turn(score_mod, d_pad, dv_pad):
+    """Whether the groups multiply one after the other, by measurement: so that one's exponentials
+    meet the other's products."""
+    return score_mod is None and max(d_pad, dv_pad) <= 64
 
 
 @gluon.jit
@@ -241,7 +122,9 @@ def _consume(
     ANEW: gl.constexpr = score_mod is not None or (not PARTIAL and D_PAD <= 64)
     Q_STAGES: gl.constexpr = 2 if AHEAD else 1
     dtype: gl.constexpr = q.dtype
-    buffers, barriers, queue, positions = shared
+    FIXES: gl.constexpr = dtype == gl.bfloat16  # fp16 has not the exponents
+    buffers, barriers, queue, retries, positions = shared
+    issued, failed, finished = retries
     words, words_full, words_empty = queue[1], queue[2], queue[3]
     q_buffers, k_buffers, v_buffers = buffers
     q_full, q_empty, k_full, v_full = barriers
@@ -250,6 +133,9 @@ def _consume(
     taken = gl.to_tensor(0)
     with_keys = gl.to_tensor(0)
     done = gl.to_tensor(0)
+    failures = gl.to_tensor(0)
+    if GROUP == 1 and FIXES and _in_turn(score_mod, D_PAD, DV_PAD):
+        come(FIRST_BARRIER + 2 * STAGES, "256")
     mbarrier.wait(words_full.index(0), 0)
     count = read_word(words, 0)
     while count >= 0:
@@ -264,7 +150,8 @@ def _consume(
         b, h = head // heads, head % heads
         acc = gl.zeros([ROWS, DV_PAD], gl.float32, O)
         m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
-        l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
+        l = in_lanes(zero)
+        writes = done >= 0
         if count > 0:
             q_position = q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
             q_idx = gl.minimum(q_position, q_limit - 1)[:, None]
@@ -282,7 +169,7 @@ def _consume(
             come(FIRST_BARRIER + slot, HANDOVER)
             p, m, l, shrink = softmax(
                 s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
-                PARTIAL, mask_mod, score_mod, BLOCK_N, S,
+                PARTIAL, False, mask_mod, score_mod, BLOCK_N, S,
             )  # fmt: skip
             carry = acc, packed(p, dtype), m, l
             if PARTIAL:
@@ -290,8 +177,8 @@ def _consume(
                     carry = _step(
                         number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx,
                         kv_limit, scale, mask_tables, score_tables,
-                        True, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                        D_PAD, DV_PAD, ANEW,
+                        True, False, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
+                        D_PAD, DV_PAD, ANEW, GROUP,
                     )  # fmt: skip
                 acc, p16, m, l = carry
                 if score_mod is None:
@@ -299,13 +186,25 @@ def _consume(
                     # both loops to have them in the same registers.
                     p16 += count >> 30
                 carry = acc, p16, m, l
-            for number in range(done + gl.maximum(partial, 1), done + count):
+            first, end = done + gl.maximum(partial, 1), done + count
+            if FIXES:
+                if how_computed(issued, taken - 1) & RUNNING == 0:
+                    end = gl.minimum(first + PARTIAL, end)
+            for number in range(first, end):
                 carry = _step(
                     number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx,
                     kv_limit, scale, mask_tables, score_tables,
-                    False, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                    D_PAD, DV_PAD, ANEW,
+                    False, False, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
+                    D_PAD, DV_PAD, ANEW, GROUP,
                 )  # fmt: skip
+            if FIXES:
+                for number in range(end, done + count):
+                    carry = _step(
+                        number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx,
+                        kv_limit, scale, mask_tables, score_tables,
+                        False, True, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
+                        D_PAD, DV_PAD, ANEW, GROUP,
+                    )  # fmt: skip
             acc, p16, m, l = carry
             mbarrier.arrive(q_empty.index(q_at), count=1)
             with_keys += 1
@@ -316,12 +215,26 @@ def _consume(
             acc = warpgroup_mma(unpacked(p16, dtype, P), v_tile, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             come(FIRST_BARRIER + STAGES + v_slot, HANDOVER)
-            l = gl.where(q_position < q_limit, l, 0.0)  # padding sees nothing
-        _write(
-            results, acc, gl.convert_layout(m, gl.SliceLayout(1, O)),
-            gl.convert_layout(l, gl.SliceLayout(1, O)), b, h, start, turn, q_len,
-            MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST, DV, DV_PAD, O, AHEAD,
-        )  # fmt: skip
+            if FIXES:
+                if end < done:
+                    if out_of_range(acc, l) != 0:
+                        report(failed, issued, taken - 1, failures, GROUP)
+                        failures += 1
+                        writes = done < 0
+        if FIXES:
+            how = how_computed(issued, taken - 1)
+            writes = writes & ((how >> GROUP) & 1 != 0)
+            if how == FLUSH:
+                failures = gl.to_tensor(0)
+                mbarrier.arrive(finished.index(0), count=1)
+        if writes:
+            sums = gl.convert_layout(gl.sum(l, axis=1), gl.SliceLayout(1, O))
+            # Padding sees nothing.
+            sums = gl.where(q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O)) < q_limit, sums, 0.0)
+            _write(
+                results, acc, gl.convert_layout(m, gl.SliceLayout(1, O)), sums, b, h, start, turn,
+                q_len, MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST, DV, DV_PAD, O, AHEAD,
+            )  # fmt: skip
         slot = taken % 2
         mbarrier.wait(words_full.index(slot), taken // 2 & 1)
         count = read_word(words, slot * WORDS)
@@ -459,9 +372,16 @@ def hopper_forward_kernel(
     for i in gl.static_range(2):
         mbarrier.init(words_full.index(i), count=1)
         mbarrier.init(words_empty.index(i), count=GROUPS)
+    issued = gl.allocate_shared_memory(gl.int32, [2 * ISSUED, 1], plain)
+    failed = gl.allocate_shared_memory(gl.int32, [GROUPS * FAILURES, 1], plain)
+    finished = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
+    mbarrier.init(finished.index(0), count=GROUPS)
+    none: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    for i in gl.static_range(GROUPS * FAILURES):
+        failed.index(i).store(gl.full([1], EMPTY, gl.int32, none))
     shared = (
         (q_buffers, k_buffers, v_buffers), (q_full, q_empty, k_full, v_full),
-        (counters, words, words_full, words_empty), positions,
+        (counters, words, words_full, words_empty), (issued, failed, finished), positions,
     )  # fmt: skip
     lists = (rows, runs, order, turns, q_starts, kv_starts)
     lengths = (q_len, q_limit, kv_limit)
@@ -484,10 +404,10 @@ def hopper_forward_kernel(
                 mask_mod, score_mod, PARTIAL, MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST,
                 BLOCK_N, D_PAD, DV, DV_PAD, STAGES, AHEAD, 1,
             )),
-            (_produce, (
+            (produce, (
                 q, k, v, (more_k, more_v, split), shared, lists, shape,
-                score_mod, PARTIAL, IN_ORDER, IN_PLACE, STAGED, BLOCK_N, TILES_M, TILES_N, STAGES,
-                AHEAD,
+                score_mod, PARTIAL, IN_ORDER, IN_PLACE, STAGED, q.dtype == gl.bfloat16, BLOCK_N,
+                TILES_M, TILES_N, STAGES, AHEAD,
             )),
         ],
         [4, 1],

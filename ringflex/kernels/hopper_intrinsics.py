@@ -52,6 +52,32 @@ def wait_for(barrier, THREADS: gl.constexpr):
 
 
 @gluon.jit
+def hold_until(x):
+    """What follows and waits, waits only when `x` is computed: the assembler would move the wait
+    ahead of what does not depend on it.
+
+    x: fp32, two numbers to a thread. It holds the order of barriers; so there is one behind `x`,
+    under a condition that no number meets, as no arithmetic makes a NaN of this kind.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred never;
+        .reg .b32 both;
+        or.b32 both, $2, $3;
+        setp.eq.u32 never, both, 0xffc12345;
+        @never bar.arrive 15, 32;
+        mov.u32 $0, 0;
+        mov.u32 $1, 0;
+        }""",
+        "=r,=r,r,r",
+        [x],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
 def uniform(value):
     """A number that all threads have alike, in a form that the assembler keeps once per warp."""
     return gl.inline_asm_elementwise(

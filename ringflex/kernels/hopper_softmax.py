@@ -1,11 +1,24 @@
-"""Scores and weights of one tile of the Hopper forward."""
+"""Scores and weights of one tile of the Hopper forward.
+
+The online softmax (Milakov and Gimelshein, 2018) takes weights relative to a running maximum, and
+shrinks what was added up whenever that grows. Any number near it would do: weights and sums have
+the exponents of fp32, bf16 ones as well. So only the first tiles of a row of the mask find its
+maximum; the others keep it *fixed*, which takes a third less instructions. Weights above 1 are as
+exact as those below; and should a later score exceed the maximum by so much that sums leave their
+range, `out_of_range` tells, and all is computed once more with a running maximum
+(`hopper_retries`).
+"""
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ringflex.kernels.triton_common import LOG2E
+
+# A row's weights add up to less: of values up to 2^27, the sums are finite.
+LARGEST_SUM = gl.constexpr(2.0**100)
 
 
 @gluon.jit
@@ -36,10 +49,13 @@ def _scores(
 @gluon.jit
 def softmax(
     s, m, l, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
-    MASKED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr, BLOCK_N: gl.constexpr,
-    S: gl.constexpr,
+    MASKED: gl.constexpr, FIXED: gl.constexpr, mask_mod: gl.constexpr, score_mod: gl.constexpr,
+    BLOCK_N: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
-    """Weights of a tile of raw products, the new maximum and sum, and what to shrink by."""
+    """Weights of a tile of raw products, the new maximum and sums, and what to shrink by.
+
+    l: sums `[rows, 4]`, by lane (`in_lanes`). FIXED: the maximum stays what it is.
+    """
     if MASKED:
         if kv_start + BLOCK_N > kv_limit:
             s = _scores(
@@ -58,7 +74,37 @@ def softmax(
         )  # fmt: skip
     # A positive factor may be taken out of the maximum: one multiply-add per score.
     factor = scale * LOG2E if score_mod is None else LOG2E
-    top = gl.maximum(m, gl.max(s, axis=1) * factor)
+    top = m
+    if not FIXED:
+        top = gl.maximum(m, gl.max(s, axis=1) * factor)
     p = gl.exp2(s * factor - top[:, None])
-    shrink = gl.exp2(m - top)
-    return p, top, l * shrink + gl.sum(p, axis=1), shrink
+    part = in_lanes(p)
+    shrink = m
+    if not FIXED:
+        shrink = gl.exp2(m - top)
+        rows: gl.constexpr = gl.SliceLayout(1, part.type.layout)
+        l = l * gl.convert_layout(shrink, rows)[:, None]
+    return p, top, l + part, shrink
+
+
+@gluon.jit
+def in_lanes(p):
+    """What each of the four lanes of a row holds of it, added up: `[rows, 4]`."""
+    columns: gl.constexpr = p.shape[1] // 8
+    return gl.sum(gl.sum(p.reshape([p.shape[0], columns, 4, 2]), axis=3), axis=1)
+
+
+@gluon.jit
+def out_of_range(acc, l):
+    """Whether sums of a warpgroup, of weights (`in_lanes`) or of values, are infinite or NaN, or
+    nearly so; the same number, 0 or 1, for all threads."""
+    rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    weights = gl.convert_layout(gl.sum(l, axis=1), rows)
+    values = gl.reduce(gl.abs(acc), 1, _larger_or_nan)
+    fine = (weights < LARGEST_SUM) & (values < float("inf"))
+    return gl.max(gl.where(fine, 0, 1), axis=0)
+
+
+@gluon.jit
+def _larger_or_nan(a, b):
+    return gl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
