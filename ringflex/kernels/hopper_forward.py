@@ -172,39 +172,32 @@ def _consume(
                 PARTIAL, False, mask_mod, score_mod, BLOCK_N, S,
             )  # fmt: skip
             carry = acc, packed(p, dtype), m, l
-            if PARTIAL:
-                for number in range(done + 1, done + partial):
-                    carry = _step(
-                        number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx,
-                        kv_limit, scale, mask_tables, score_tables,
-                        True, False, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                        D_PAD, DV_PAD, ANEW, GROUP,
-                    )  # fmt: skip
-                acc, p16, m, l = carry
-                if score_mod is None:
-                    # Plus 0, unknown to the assembler, which would copy weights in every step of
-                    # both loops to have them in the same registers.
-                    p16 += count >> 30
-                carry = acc, p16, m, l
-            first, end = done + gl.maximum(partial, 1), done + count
+            end = done + gl.maximum(partial, 1)
             if FIXES:
-                if how_computed(issued, taken - 1) & RUNNING == 0:
-                    end = gl.minimum(first + PARTIAL, end)
-            for number in range(first, end):
+                if how_computed(issued, taken - 1) & RUNNING != 0:
+                    end = done + count
+            for number in range(done + 1, end):
                 carry = _step(
                     number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx,
                     kv_limit, scale, mask_tables, score_tables,
-                    False, False, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
+                    PARTIAL, False, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
                     D_PAD, DV_PAD, ANEW, GROUP,
                 )  # fmt: skip
+            acc, p16, m, l = carry
+            if score_mod is None:
+                # Plus 0, unknown to the assembler, which would copy weights in every step of both
+                # loops to have them in the same registers.
+                p16 += count >> 30
             if FIXES:
-                for number in range(end, done + count):
-                    carry = _step(
-                        number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx,
-                        kv_limit, scale, mask_tables, score_tables,
-                        False, True, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
-                        D_PAD, DV_PAD, ANEW, GROUP,
-                    )  # fmt: skip
+                m = gl.where(m == LOWEST, 0.0, m)
+            carry = acc, p16, m, l
+            for number in range(end, done + count):
+                carry = _step(
+                    number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx,
+                    kv_limit, scale, mask_tables, score_tables,
+                    False, FIXES, mask_mod, score_mod, BLOCK_N, STAGES, S, O, P,
+                    D_PAD, DV_PAD, ANEW, GROUP,
+                )  # fmt: skip
             acc, p16, m, l = carry
             mbarrier.arrive(q_empty.index(q_at), count=1)
             with_keys += 1

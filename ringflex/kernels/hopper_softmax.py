@@ -2,10 +2,10 @@
 
 The online softmax (Milakov and Gimelshein, 2018) takes weights relative to a running maximum, and
 shrinks what was added up whenever that grows. Any number near it would do: weights and sums have
-the exponents of fp32, bf16 ones as well. So only the first tiles of a row of the mask find its
-maximum; the others keep it *fixed*, which takes a third less instructions. Weights above 1 are as
-exact as those below; and should a later score exceed the maximum by so much that sums leave their
-range, `out_of_range` tells, and all is computed once more with a running maximum
+the exponents of fp32, bf16 ones as well. So a row's maximum is that of its partial tiles, or of the
+first, and 0 where it sees nothing of these; whole tiles keep it *fixed*, which takes a third less
+instructions. Weights above 1 are as exact as those below. Should scores be so far from it that sums
+leave their range, `out_of_range` tells, and all is computed once more with a running maximum
 (`hopper_retries`).
 """
 
@@ -17,7 +17,8 @@ from triton.experimental.gluon import language as gl
 
 from ringflex.kernels.triton_common import LOG2E
 
-# A row's weights add up to less: of values up to 2^27, the sums are finite.
+# Between these, a row's weights add up: none that counts is subnormal.
+SMALLEST_SUM = gl.constexpr(2.0**-60)
 LARGEST_SUM = gl.constexpr(2.0**100)
 
 
@@ -96,12 +97,12 @@ def in_lanes(p):
 
 @gluon.jit
 def out_of_range(acc, l):
-    """Whether sums of a warpgroup, of weights (`in_lanes`) or of values, are infinite or NaN, or
-    nearly so; the same number, 0 or 1, for all threads."""
+    """Whether sums of a warpgroup, of weights (`in_lanes`) or of values, are not finite, or as
+    small as if nothing had been seen; the same number, 0 or 1, for all threads."""
     rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     weights = gl.convert_layout(gl.sum(l, axis=1), rows)
     values = gl.reduce(gl.abs(acc), 1, _larger_or_nan)
-    fine = (weights < LARGEST_SUM) & (values < float("inf"))
+    fine = (weights > SMALLEST_SUM) & (weights < LARGEST_SUM) & (values < float("inf"))
     return gl.max(gl.where(fine, 0, 1), axis=0)
 
 
