@@ -72,9 +72,7 @@ class Case:
         """The values are those of the case's dtype; `dtype` is what they are stored in."""
         generator = torch.Generator().manual_seed(1234 + self.seed)
 
-        def make(
-            *shape: int, scale: float | Tensor = 1.0, requires_grad: bool = False
-        ) -> Tensor:
+        def make(*shape: int, scale: float | Tensor = 1.0, requires_grad: bool = False) -> Tensor:
             x = scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
             x = x.to(self.dtype).to(device, dtype or self.dtype)
             return x.requires_grad_(requires_grad)

@@ -36,7 +36,7 @@ from ringflex.kernels.hopper_retries import (
     how_computed,
     report,
 )
-from ringflex.kernels.hopper_softmax import in_lanes, out_of_range, softmax
+from ringflex.kernels.hopper_softmax import LEAST_MAXIMUM, in_lanes, out_of_range, softmax
 from ringflex.kernels.triton_common import (
     BEGINS,
     ENDS,
@@ -46,6 +46,7 @@ from ringflex.kernels.triton_common import (
     merge_weights,
     row_places,
 )
+
 
 @gluon.jit
 def _step(
@@ -60,8 +61,9 @@ def _step(
     q_at: which buffer of queries. FIXED: with the maximum as it is; see `softmax`. ANEW: the
     address of queries is made in every step, instead of kept in registers.
     """
-    IN_TURN: gl.constexpr = FIXED and _in_turn(score_mod, D_PAD, DV_PAD)
-    TURNS: gl.constexpr = FIRST_BARRIER + 2 * STAGES
+    ALTERNATE: gl.constexpr = FIXED and _alternate(score_mod, D_PAD, DV_PAD)
+    MINE: gl.constexpr = FIRST_BARRIER + 2 * STAGES + GROUP
+    THEIRS: gl.constexpr = FIRST_BARRIER + 2 * STAGES + 1 - GROUP
     acc, p, m, l = carry
     q_tiles, k_tiles, v_tiles = buffers
     k_full, v_full = barriers[2], barriers[3]
@@ -72,14 +74,14 @@ def _step(
         q_at += number >> 30  # plus 0, unknown to the compiler
     q_tile = q_tiles.index(q_at).reshape([ROWS, D_PAD])
     k_tile = k_tiles.index(slot).reshape([BLOCK_N, D_PAD])
-    if IN_TURN:
-        wait_for(TURNS + GROUP, "256")
+    if ALTERNATE:
+        wait_for(MINE, "256")
     s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(v_slot), v_turn)
     v_tile = v_tiles.index(v_slot).reshape([BLOCK_N, DV_PAD])
     adding = warpgroup_mma(unpacked(p, k_tiles.dtype, P), v_tile, acc, is_async=True)
-    if IN_TURN:
-        come(TURNS + 1 - GROUP, "256")
+    if ALTERNATE:
+        come(THEIRS, "256")
     kv_start = gl.to_tensor(0)
     if MASKED or score_mod is not None:
         kv_start = read_word(positions, slot)
@@ -99,9 +101,9 @@ def _step(
 
 
 @gluon.constexpr_function
-def _in_turn(score_mod, d_pad, dv_pad):
-    """Whether the groups multiply one after the other, by measurement: so that one's exponentials
-    meet the other's products."""
+def _alternate(score_mod, d_pad, dv_pad):
+    """Whether groups begin their products one after the other, so that one's exponentials meet the
+    other's products; by measurement."""
     return score_mod is None and max(d_pad, dv_pad) <= 64
 
 
@@ -134,8 +136,8 @@ def _consume(
     with_keys = gl.to_tensor(0)
     done = gl.to_tensor(0)
     failures = gl.to_tensor(0)
-    if GROUP == 1 and FIXES and _in_turn(score_mod, D_PAD, DV_PAD):
-        come(FIRST_BARRIER + 2 * STAGES, "256")
+    if GROUP == 1 and FIXES and _alternate(score_mod, D_PAD, DV_PAD):
+        come(FIRST_BARRIER + 2 * STAGES, "256")  # the other one begins
     mbarrier.wait(words_full.index(0), 0)
     count = read_word(words, 0)
     while count >= 0:
@@ -151,10 +153,10 @@ def _consume(
         acc = gl.zeros([ROWS, DV_PAD], gl.float32, O)
         m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
         l = in_lanes(zero)
-        writes = done >= 0
+        writes = gl.to_tensor(1)
         if count > 0:
-            q_position = q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-            q_idx = gl.minimum(q_position, q_limit - 1)[:, None]
+            q_idx = q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+            q_idx = gl.minimum(q_idx, q_limit - 1)[:, None]
             slot, kv_turn = done % STAGES, done // STAGES & 1
             q_at = with_keys % Q_STAGES * GROUPS + GROUP
             q_tile = q_buffers.index(q_at).reshape([ROWS, D_PAD])
@@ -189,7 +191,7 @@ def _consume(
                 # loops to have them in the same registers.
                 p16 += count >> 30
             if FIXES:
-                m = gl.where(m == LOWEST, 0.0, m)
+                m = gl.maximum(m, LEAST_MAXIMUM)
             carry = acc, p16, m, l
             for number in range(end, done + count):
                 carry = _step(
@@ -213,17 +215,17 @@ def _consume(
                     if out_of_range(acc, l) != 0:
                         report(failed, issued, taken - 1, failures, GROUP)
                         failures += 1
-                        writes = done < 0
+                        writes = gl.to_tensor(0)
         if FIXES:
             how = how_computed(issued, taken - 1)
-            writes = writes & ((how >> GROUP) & 1 != 0)
+            writes &= how >> GROUP
             if how == FLUSH:
                 failures = gl.to_tensor(0)
                 mbarrier.arrive(finished.index(0), count=1)
-        if writes:
+        if writes != 0:
+            q_position = q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
             sums = gl.convert_layout(gl.sum(l, axis=1), gl.SliceLayout(1, O))
-            # Padding sees nothing.
-            sums = gl.where(q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O)) < q_limit, sums, 0.0)
+            sums = gl.where(q_position < q_limit, sums, 0.0)  # padding sees nothing
             _write(
                 results, acc, gl.convert_layout(m, gl.SliceLayout(1, O)), sums, b, h, start, turn,
                 q_len, MERGE_OUT, MERGE_LSE, STAGED, MERGE_FIRST, DV, DV_PAD, O, AHEAD,

@@ -1,5 +1,5 @@
-"""The producer warp of the Hopper forward: takes tiles of queries from the queue, and loads them and
-the keys and values that they see, by TMA."""
+"""The producer warp of the Hopper forward: takes tiles of queries from the queue, and loads these
+and the keys and values that they see, by TMA."""
 
 from __future__ import annotations
 

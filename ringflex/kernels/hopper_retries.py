@@ -1,10 +1,10 @@
 """Tiles of queries that the Hopper forward computes once more.
 
 Weights are taken relative to a maximum that is not found anew in every tile of keys (see
-`hopper_softmax`). Should that leave the range of the dtype, a group of consumers does not write what
-it has, but reports the tile; its producer issues it again, with a running maximum, for that group
-alone: a group may have merged its rows into running results, and must not do so twice. So the
-result depends on the inputs only, not on which program met them.
+`hopper_softmax`). Should that leave the range of the dtype, a group of consumers does not write
+what it has, but reports the tile; the producer issues it again, with a running maximum, for that
+group alone: the other may have merged its rows into running results, and must not do so twice. So
+results depend on the inputs only, not on which program met them.
 
 The producer is at most three tiles ahead, and remembers the last ones it issued (`issued`, ISSUED
 records of number and of how). Once it sees a report, and at the end, it waits until the groups have

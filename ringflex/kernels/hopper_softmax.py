@@ -2,10 +2,10 @@
 
 The online softmax (Milakov and Gimelshein, 2018) takes weights relative to a running maximum, and
 shrinks what was added up whenever that grows. Any number near it would do: weights and sums have
-the exponents of fp32, bf16 ones as well. So a row's maximum is that of its partial tiles, or of the
-first, and 0 where it sees nothing of these; whole tiles keep it *fixed*, which takes a third less
-instructions. Weights above 1 are as exact as those below. Should scores be so far from it that sums
-leave their range, `out_of_range` tells, and all is computed once more with a running maximum
+the exponents of fp32, bf16 ones as well. So the maximum is that of the partial tiles that a row
+sees, or of the first tile; whole tiles keep it *fixed*, which takes a third less instructions.
+Weights above 1 are as exact as those below. Should scores be so far from it that sums leave their
+range, `out_of_range` tells, and all is computed once more with a running maximum
 (`hopper_retries`).
 """
 
@@ -17,7 +17,10 @@ from triton.experimental.gluon import language as gl
 
 from ringflex.kernels.triton_common import LOG2E
 
-# Between these, a row's weights add up: none that counts is subnormal.
+# Of scores in base 2. A row that sees little or nothing of the first tiles, or far ones, as with a
+# bias by distance, may see much more in others.
+LEAST_MAXIMUM = gl.constexpr(-40.0)
+# Of a row's weights: between these, none that counts is subnormal, and sums of values are finite.
 SMALLEST_SUM = gl.constexpr(2.0**-60)
 LARGEST_SUM = gl.constexpr(2.0**100)
 
