@@ -155,6 +155,12 @@ def _consume(
         l = in_lanes(zero)
         writes = gl.to_tensor(1)
         if count > 0:
+            end = done + gl.maximum(partial, 1)
+            if FIXES:
+                if how_computed(issued, taken - 1) & RUNNING != 0:
+                    end = done + count
+                if end < done + count:
+                    m = gl.full([ROWS], LEAST_MAXIMUM, gl.float32, gl.SliceLayout(1, S))
             q_idx = q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
             q_idx = gl.minimum(q_idx, q_limit - 1)[:, None]
             slot, kv_turn = done % STAGES, done // STAGES & 1
@@ -174,10 +180,6 @@ def _consume(
                 PARTIAL, False, mask_mod, score_mod, BLOCK_N, S,
             )  # fmt: skip
             carry = acc, packed(p, dtype), m, l
-            end = done + gl.maximum(partial, 1)
-            if FIXES:
-                if how_computed(issued, taken - 1) & RUNNING != 0:
-                    end = done + count
             for number in range(done + 1, end):
                 carry = _step(
                     number, q_at, carry, buffers, barriers, positions, zero, b, h, q_idx,
@@ -190,8 +192,6 @@ def _consume(
                 # Plus 0, unknown to the assembler, which would copy weights in every step of both
                 # loops to have them in the same registers.
                 p16 += count >> 30
-            if FIXES:
-                m = gl.maximum(m, LEAST_MAXIMUM)
             carry = acc, p16, m, l
             for number in range(end, done + count):
                 carry = _step(

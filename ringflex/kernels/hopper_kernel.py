@@ -142,12 +142,14 @@ def forward(
 
 def _ahead(setup: Setup, lists: BlockLists, alone: bool) -> bool:
     """Whether a forward loads queries a tile ahead, and writes whole rows: 1.5 to 2 us less for a
-    tile. Not where the main loop takes longer for it, as the assembler then orders it in another
-    way; by measurement.
+    tile. In fp16 not where the main loop takes longer for it, as the assembler then orders it in
+    another way; by measurement.
 
     alone: without a score mod, and not of several steps.
     """
     largest = max(setup.dims[0], setup.dims[2])
+    if setup.dtype == torch.bfloat16:
+        return alone and largest <= 128
     return alone and (largest <= 64 if setup.has_partial(lists) else 64 < largest <= 128)
 
 
