@@ -5,6 +5,9 @@ one warp loads tiles by TMA; two warpgroups of 64 queries each multiply asynchro
 weights in registers. While a group computes the softmax of one tile, its product of the weights
 before with their values is under way, and so is the other group's work.
 
+In bf16, weights of whole tiles are relative to a maximum that stays as it is (`hopper_softmax`);
+tiles for which that was too far off are computed once more (`hopper_retries`).
+
 Programs take tiles from a queue (`hopper_common`): the next tile's queries and first keys arrive
 while the last one's values are still added up and written.
 """

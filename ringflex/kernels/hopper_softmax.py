@@ -17,8 +17,8 @@ from triton.experimental.gluon import language as gl
 
 from ringflex.kernels.triton_common import LOG2E
 
-# That a maximum which stays fixed begins with; of scores in base 2. A row that sees little or nothing
-# of the first tiles, or far ones, as with a bias by distance, may see much more in others.
+# What a maximum begins with that will be fixed; of scores in base 2. A row that sees little or
+# nothing of the first tiles, or far ones, as with a bias by distance, may see much more in others.
 LEAST_MAXIMUM = gl.constexpr(-40.0)
 # Of a row's weights: between these, none that counts is subnormal, and sums of values are finite.
 SMALLEST_SUM = gl.constexpr(2.0**-60)
