@@ -3,7 +3,7 @@
 The online softmax (Milakov and Gimelshein, 2018) takes weights relative to a running maximum, and
 shrinks what was added up whenever that grows. Any number near it would do: weights and sums have
 the exponents of fp32, bf16 ones as well. So the maximum is that of the partial tiles that a row
-sees, or of the first tile; whole tiles keep it *fixed*, which takes a third less instructions.
+sees, or of the first tile; whole tiles keep it *fixed*, which takes a third fewer instructions.
 Weights above 1 are as exact as those below. Should scores be so far from it that sums leave their
 range, `out_of_range` tells, and all is computed once more with a running maximum
 (`hopper_retries`).
