@@ -32,8 +32,8 @@ from ringflex.kernels.hopper_common import (
     FIRST_BARRIER,
     HANDOVER,
     WORDS,
+    end,
     head_and_place,
-    leave,
     read_word,
     take,
     write_word,
@@ -171,11 +171,7 @@ def _produce(
                     padded_len, False, BLOCK_M, TILES_M, STAGES,
                 )  # fmt: skip
         work = upcoming
-    slot = given % 2
-    mbarrier.wait(words_empty.index(slot), (given // 2 & 1) ^ 1)
-    write_word(words, slot * WORDS, -1)
-    mbarrier.arrive(words_full.index(slot), count=1)
-    leave(counters)
+    end(queue, given)
 
 
 @gluon.jit

@@ -11,26 +11,39 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ringflex.kernels.hopper_intrinsics import uniform
 
-_ONE = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
-_ONE_4 = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # of partitions
+FOUR_WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 WORDS = gl.constexpr(8)  # of a record
 FIRST_BARRIER = gl.constexpr(5)  # of the named ones; Triton has those below
 HANDOVER = gl.constexpr("288")  # threads: two warpgroups that leave a buffer, one warp to fill it
 
 
 @gluon.jit
-def write_word(words, index, value):
-    """One number into shared memory, by a partition of one warp."""
-    words.index(index).store(gl.full([1], 0, gl.int32, _ONE) + value)
+def write_word(words, index, value, BY: gl.constexpr = ONE_WARP):
+    """One number into shared memory, by a partition of so many warps."""
+    words.index(index).store(gl.full([1], 0, gl.int32, BY) + value)
 
 
 @gluon.jit
 def read_word(words, index):
     """That number, by a partition of four warps; taken from one lane, it is known to be uniform."""
-    return uniform(gl.max(words.index(index).load(_ONE_4), axis=0))
+    return uniform(gl.max(words.index(index).load(FOUR_WARPS), axis=0))
+
+
+@gluon.jit
+def end(queue, given):
+    """Tells the consumers, when they have taken what was `given`, that there is no more, and leaves
+    the queue: counters, records, and the barriers of full and of empty ones."""
+    counters, words, words_full, words_empty = queue
+    slot = given % 2
+    mbarrier.wait(words_empty.index(slot), (given // 2 & 1) ^ 1)
+    write_word(words, slot * WORDS, -1)
+    mbarrier.arrive(words_full.index(slot), count=1)
+    leave(counters)
 
 
 @gluon.jit

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ringflex.kernels.hopper_common import (
     FIRST_BARRIER,
+    FOUR_WARPS,
     HANDOVER,
     WORDS,
     read_word,
@@ -31,15 +32,21 @@ from ringflex.kernels.hopper_common import (
 from ringflex.kernels.hopper_intrinsics import come, hold_until, packed, unpacked, wait_for
 from ringflex.kernels.hopper_producer import GROUPS, ROWS, produce
 from ringflex.kernels.hopper_retries import (
-    EMPTY,
     FAILURES,
     FLUSH,
     ISSUED,
     RUNNING,
+    forget,
     how_computed,
     report,
 )
-from ringflex.kernels.hopper_softmax import LEAST_MAXIMUM, in_lanes, out_of_range, softmax
+from ringflex.kernels.hopper_softmax import (
+    LEAST_MAXIMUM,
+    fixes_maximum,
+    in_lanes,
+    out_of_range,
+    softmax,
+)
 from ringflex.kernels.triton_common import (
     BEGINS,
     ENDS,
@@ -127,7 +134,7 @@ def _consume(
     ANEW: gl.constexpr = score_mod is not None or (not PARTIAL and D_PAD <= 64)
     Q_STAGES: gl.constexpr = 2 if AHEAD else 1
     dtype: gl.constexpr = q.dtype
-    FIXES: gl.constexpr = dtype == gl.bfloat16  # fp16 has not the exponents
+    FIXES: gl.constexpr = fixes_maximum(dtype)
     buffers, barriers, queue, retries, positions = shared
     issued, failed, finished = retries
     words, words_full, words_empty = queue[1], queue[2], queue[3]
@@ -374,9 +381,7 @@ def hopper_forward_kernel(
     failed = gl.allocate_shared_memory(gl.int32, [GROUPS * FAILURES, 1], plain)
     finished = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
     mbarrier.init(finished.index(0), count=GROUPS)
-    none: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    for i in gl.static_range(GROUPS * FAILURES):
-        failed.index(i).store(gl.full([1], EMPTY, gl.int32, none))
+    forget(failed, GROUPS, FOUR_WARPS)
     shared = (
         (q_buffers, k_buffers, v_buffers), (q_full, q_empty, k_full, v_full),
         (counters, words, words_full, words_empty), (issued, failed, finished), positions,
@@ -404,8 +409,8 @@ def hopper_forward_kernel(
             )),
             (produce, (
                 q, k, v, (more_k, more_v, split), shared, lists, shape,
-                score_mod, PARTIAL, IN_ORDER, IN_PLACE, STAGED, q.dtype == gl.bfloat16, BLOCK_N,
-                TILES_M, TILES_N, STAGES, AHEAD,
+                score_mod, PARTIAL, IN_ORDER, IN_PLACE, STAGED, BLOCK_N, TILES_M, TILES_N, STAGES,
+                AHEAD,
             )),
         ],
         [4, 1],

@@ -11,13 +11,14 @@ from ringflex.kernels.hopper_common import (
     FIRST_BARRIER,
     HANDOVER,
     WORDS,
+    end,
     head_and_place,
-    leave,
     take,
     write_word,
 )
 from ringflex.kernels.hopper_intrinsics import tma_load, wait_for
 from ringflex.kernels.hopper_retries import (
+    ALL,
     EMPTY,
     FAILURES,
     FLUSH,
@@ -27,11 +28,11 @@ from ringflex.kernels.hopper_retries import (
     next_reported,
     remember,
 )
+from ringflex.kernels.hopper_softmax import fixes_maximum
 from ringflex.kernels.triton_common import first_tile, following_tile, position_of
 
 ROWS = gl.constexpr(64)  # queries per warpgroup
 GROUPS = gl.constexpr(2)
-_ALL = gl.constexpr(3)  # groups write
 
 
 @gluon.jit
@@ -88,13 +89,14 @@ def _load_v(v, more, v_buffers, v_full, b, kv_head, row, number, STAGES: gl.cons
 def produce(
     q, k, v, more, shared, lists, shape,
     score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
-    IN_PLACE: gl.constexpr, STAGED: gl.constexpr, RETRIES: gl.constexpr,
+    IN_PLACE: gl.constexpr, STAGED: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr, STAGES: gl.constexpr,
     AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """All that a program computes. RETRIES: see `hopper_retries`."""
+    """All that a program computes."""
     BLOCK_M: gl.constexpr = GROUPS * ROWS
     Q_STAGES: gl.constexpr = 2 if AHEAD else 1
+    RETRIES: gl.constexpr = fixes_maximum(q.dtype)
     buffers, barriers, queue, retries, positions = shared
     counters, words, words_full, words_empty = queue
     issued, failed, finished = retries
@@ -114,7 +116,7 @@ def produce(
     with_keys = gl.to_tensor(0)
     previous = gl.to_tensor(0)
     while work < total:
-        how = gl.to_tensor(_ALL)
+        how = gl.to_tensor(ALL)
         if entry < 0:
             left -= 1
             upcoming = total
@@ -190,8 +192,4 @@ def produce(
                     forget(failed, GROUPS)
                     entry = gl.to_tensor(-1)
                     work = upcoming
-    slot = given % 2
-    mbarrier.wait(words_empty.index(slot), (given // 2 & 1) ^ 1)
-    write_word(words, slot * WORDS, -1)
-    mbarrier.arrive(words_full.index(slot), count=1)
-    leave(counters)
+    end(queue, given)

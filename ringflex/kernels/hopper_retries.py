@@ -16,16 +16,15 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ringflex.kernels.hopper_common import read_word, write_word
+from ringflex.kernels.hopper_common import FOUR_WARPS, ONE_WARP, read_word, write_word
 
 ISSUED = gl.constexpr(4)
 FAILURES = gl.constexpr(8)  # of a group, which reports 4 at most; behind them, EMPTY
 EMPTY = gl.constexpr(0x7FFFFFFF)
-# How a tile is computed. The lowest bits: which groups write.
+# How a tile is computed. The lowest bits: which of two groups write.
+ALL = gl.constexpr(3)
 RUNNING = gl.constexpr(4)  # with a running maximum throughout
 FLUSH = gl.constexpr(8)  # there is none; when it is taken, all before are done
-
-_ONE_OF_FOUR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @gluon.jit
@@ -46,15 +45,14 @@ def how_computed(issued, number):
 def report(failed, issued, number, failures, GROUP: gl.constexpr):
     """A group's tile, by the number that it was issued under, is to be computed once more."""
     work = read_word(issued, number % ISSUED * 2)
-    entry = failed.index(GROUP * FAILURES + failures)
-    entry.store(gl.full([1], 0, gl.int32, _ONE_OF_FOUR) + work)
+    write_word(failed, GROUP * FAILURES + failures, work, FOUR_WARPS)
 
 
 @gluon.jit
-def forget(failed, GROUPS: gl.constexpr):
-    """No group has reported any; for the producer."""
+def forget(failed, GROUPS: gl.constexpr, BY: gl.constexpr = ONE_WARP):
+    """No group has reported any."""
     for i in gl.static_range(GROUPS * FAILURES):
-        write_word(failed, i, EMPTY)
+        write_word(failed, i, EMPTY, BY)
 
 
 @gluon.jit
@@ -80,5 +78,4 @@ def next_reported(failed, entry, GROUPS: gl.constexpr):
 @gluon.jit
 def _reported(failed, entry):
     """One number from shared memory, by a partition of one warp."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    return gl.max(failed.index(entry).load(one), axis=0)
+    return gl.max(failed.index(entry).load(ONE_WARP), axis=0)

@@ -25,6 +25,12 @@ SMALLEST_SUM = gl.constexpr(2.0**-60)
 LARGEST_SUM = gl.constexpr(2.0**100)
 
 
+@gluon.constexpr_function
+def fixes_maximum(dtype):
+    """Whether weights of a dtype have the exponents for it."""
+    return dtype == gl.bfloat16
+
+
 @gluon.jit
 def _scores(
     s, b, h, q_idx, kv_start, kv_limit, scale, mask_tables, score_tables,
@@ -58,7 +64,8 @@ def softmax(
 ):  # fmt: skip
     """Weights of a tile of raw products, the new maximum and sums, and what to shrink by.
 
-    l: sums `[rows, 4]`, by lane (`in_lanes`). FIXED: the maximum stays what it is.
+    l: sums `[rows, 4]`, by lane (`in_lanes`). FIXED: the maximum stays what it is, and
+    nothing is to shrink.
     """
     if MASKED:
         if kv_start + BLOCK_N > kv_limit:

@@ -17,7 +17,8 @@ def protocol(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     gl = SimpleNamespace(static_range=range, to_tensor=int, minimum=min)
     monkeypatch.setattr(hopper_retries, "gl", gl)
     monkeypatch.setattr(hopper_retries, "_reported", lambda failed, entry: failed[entry])
-    monkeypatch.setattr(hopper_retries, "write_word", list.__setitem__)
+    write = lambda words, index, value, *_: words.__setitem__(index, value)
+    monkeypatch.setattr(hopper_retries, "write_word", write)
     for name, value in CONSTANTS.items():
         monkeypatch.setattr(hopper_retries, name, value)
     names = ("forget", "first_reported", "next_reported", "remember")
