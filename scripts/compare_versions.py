@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from commit import current_commit
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ringflex"
 _FILLER = 8192  # rows of products that keep the GPU busy while the host is ahead
@@ -125,29 +127,31 @@ def apart(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def main() -> None:
+    import triton
+
+    from bench_kernels import MASKS, Spec, inputs, problem
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("before", type=Path, help="another checkout")
-    parser.add_argument("--masks", nargs="+", default=["full", "causal", "window", "documents"])
+    parser.add_argument("--masks", nargs="+", default=list(MASKS), choices=MASKS)
     parser.add_argument("--lengths", nargs="+", type=int, default=[16384])
     parser.add_argument("--dims", nargs="+", type=int, default=[128])
     parser.add_argument("--backward", action="store_true", help="with the backward")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each problem")
-    parser.add_argument("--commits", nargs=2, metavar=("BEFORE", "NOW"), required=True)
+    parser.add_argument(
+        "--commits", nargs=2, metavar=("BEFORE", "NOW"), help="where git cannot tell them"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/versions.json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("compare_versions.py needs a GPU")
     versions = {"before": Version(arguments.before), "now": Version(ROOT)}
-    sys.path.insert(0, str(ROOT))
-    import triton
-
-    from bench_kernels import Spec, inputs, problem
-
+    commits = arguments.commits or map(current_commit, (arguments.before, ROOT))
     record: dict[str, Any] = {
         "machine": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "command": " ".join(["python", "scripts/compare_versions.py", *sys.argv[1:]]),
-        "commits": dict(zip(versions, arguments.commits, strict=True)),
+        "commits": dict(zip(versions, commits, strict=True)),
         "rows": [],
     }
     filler = torch.randn(_FILLER, _FILLER, device="cuda", dtype=torch.bfloat16)
