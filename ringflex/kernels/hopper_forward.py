@@ -32,11 +32,11 @@ from ringflex.kernels.hopper_common import (
 from ringflex.kernels.hopper_intrinsics import come, hold_until, packed, unpacked, wait_for
 from ringflex.kernels.hopper_producer import GROUPS, ROWS, produce
 from ringflex.kernels.hopper_retries import (
+    EMPTY,
     FAILURES,
     FLUSH,
     ISSUED,
     RUNNING,
-    forget,
     how_computed,
     report,
 )
@@ -381,7 +381,9 @@ def hopper_forward_kernel(
     failed = gl.allocate_shared_memory(gl.int32, [GROUPS * FAILURES, 1], plain)
     finished = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
     mbarrier.init(finished.index(0), count=GROUPS)
-    forget(failed, GROUPS, FOUR_WARPS)
+    # Not by a function: with it, the assembler spills 4 bytes more of masks with tables.
+    for i in gl.static_range(GROUPS * FAILURES):
+        failed.index(i).store(gl.full([1], EMPTY, gl.int32, FOUR_WARPS))
     shared = (
         (q_buffers, k_buffers, v_buffers), (q_full, q_empty, k_full, v_full),
         (counters, words, words_full, words_empty), (issued, failed, finished), positions,

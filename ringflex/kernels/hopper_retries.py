@@ -49,10 +49,10 @@ def report(failed, issued, number, failures, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def forget(failed, GROUPS: gl.constexpr, BY: gl.constexpr = ONE_WARP):
-    """No group has reported any."""
+def forget(failed, GROUPS: gl.constexpr):
+    """No group has reported any; for the producer."""
     for i in gl.static_range(GROUPS * FAILURES):
-        write_word(failed, i, EMPTY, BY)
+        write_word(failed, i, EMPTY)
 
 
 @gluon.jit
