@@ -49,6 +49,8 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 TILED_MASKS = ("causal", "softcap", "full")
 WITHOUT: list[str] = []  # contenders that take long to compile
 WINDOW = 4096
+_CYCLES = 2e9  # of a GPU, a second
+_LONGEST_CALL = 0.005  # seconds of the host, that the GPU waits for
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -209,11 +211,15 @@ def time_one(run: Run, tensors: tuple[Tensor, ...], seconds: float = 0.25) -> di
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
     first = once()
+    host = min(time.perf_counter() - start, _LONGEST_CALL)
     peak = torch.cuda.max_memory_allocated() - before
     torch.cuda.synchronize()
     repeats = min(40, max(3, int(1e3 * seconds / first[0].elapsed_time(first[2]))))
-    timed = [once() for _ in range(repeats)]  # queued without waiting: no host time in between
+    # All are queued before the first begins, so that the host's time is in none of them.
+    torch.cuda._sleep(int(_CYCLES * host * (repeats + 1)))
+    timed = [once() for _ in range(repeats)]
     torch.cuda.synchronize()
     forward = statistics.median(e[0].elapsed_time(e[1]) for e in timed[1:])
     backward = statistics.median(e[1].elapsed_time(e[2]) for e in timed[1:])
