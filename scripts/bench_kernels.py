@@ -51,6 +51,7 @@ WITHOUT: list[str] = []  # contenders that take long to compile
 WINDOW = 4096
 _CYCLES = 2e9  # of a GPU, a second
 _LONGEST_CALL = 0.005  # seconds of the host, that the GPU waits for
+_ROUNDS = 4
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -194,11 +195,18 @@ def _importable(name: str) -> bool:
     return True
 
 
-def time_one(run: Run, tensors: tuple[Tensor, ...], seconds: float = 0.25) -> dict[str, float]:
-    """Median forward and backward milliseconds; peak memory of both, beyond inputs, in bytes."""
+def time_in_turn(
+    runs: dict[str, Run], tensors: tuple[Tensor, ...], seconds: float = 0.25
+) -> dict[str, dict[str, Any]]:
+    """Of each, the median forward and backward in milliseconds, and the peak memory of both beyond
+    inputs, in bytes; or its error. They take turns, as GPUs get slower while they get hotter.
+
+    Args:
+        seconds: for each.
+    """
     *leaves, dout = tensors
 
-    def once() -> list[torch.cuda.Event]:
+    def once(run: Run) -> list[torch.cuda.Event]:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         events[0].record()
         out = run(*leaves)
@@ -207,39 +215,54 @@ def time_one(run: Run, tensors: tuple[Tensor, ...], seconds: float = 0.25) -> di
         events[2].record()
         return events
 
-    once()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    start = time.perf_counter()
-    first = once()
-    host = min(time.perf_counter() - start, _LONGEST_CALL)
-    peak = torch.cuda.max_memory_allocated() - before
-    torch.cuda.synchronize()
-    repeats = min(40, max(3, int(1e3 * seconds / first[0].elapsed_time(first[2]))))
-    # All are queued before the first begins, so that the host's time is in none of them.
-    torch.cuda._sleep(int(_CYCLES * host * (repeats + 1)))
-    timed = [once() for _ in range(repeats)]
-    torch.cuda.synchronize()
-    forward = statistics.median(e[0].elapsed_time(e[1]) for e in timed[1:])
-    backward = statistics.median(e[1].elapsed_time(e[2]) for e in timed[1:])
-    return {"forward": forward, "backward": backward, "peak": peak}
+    def first(run: Run) -> dict[str, Any]:
+        once(run)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        events = once(run)
+        host = min(time.perf_counter() - start, _LONGEST_CALL)
+        peak = torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize()
+        repeats = int(1e3 * seconds / _ROUNDS / events[0].elapsed_time(events[2]))
+        return {"peak": peak, "host": host, "repeats": min(10, max(2, repeats)), "events": []}
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, run in runs.items():
+        try:
+            found[name] = first(run)
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    names = [name for name, of in found.items() if "error" not in of]
+    for shift in range(_ROUNDS):
+        for name in names[shift:] + names[:shift]:
+            of = found[name]
+            # All are queued before the first begins, so that the host's time is in none of them.
+            torch.cuda._sleep(int(_CYCLES * of["host"] * (of["repeats"] + 1)))
+            of["events"] += [once(runs[name]) for _ in range(of["repeats"])][1:]
+            torch.cuda.synchronize()
+    for name in names:
+        of = found[name]
+        found[name] = {
+            "forward": statistics.median(e[0].elapsed_time(e[1]) for e in of["events"]),
+            "backward": statistics.median(e[1].elapsed_time(e[2]) for e in of["events"]),
+            "peak": of["peak"],
+        }
+    return found
 
 
 def bench(spec: Spec, peers: bool) -> list[dict[str, Any]]:
     p, tensors = problem(spec), inputs(spec)
+    flops = p.pairs * spec.heads * spec.dim
     rows = []
-    for name, run in contenders(spec, p, peers):
-        row: dict[str, Any] = {**asdict(spec), "contender": name}
-        try:
-            row |= time_one(run, tensors)
-            flops = p.pairs * spec.heads * spec.dim
+    for name, found in time_in_turn(dict(contenders(spec, p, peers)), tensors).items():
+        row = {**asdict(spec), "contender": name, **found}
+        if "error" not in found:
             row["forward_tflops"] = 4 * flops / row["forward"] / 1e9
             row["backward_tflops"] = 10 * flops / row["backward"] / 1e9
-        except Exception as error:
-            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         rows.append(row)
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     torch.compiler.reset()
     return rows
 
@@ -298,11 +321,9 @@ def sweep_tiles(dims: list[int], tokens: int) -> None:
         spec = Spec(mask=mask, tokens=tokens, heads=32, kv_heads=8, dim=dim)
         found = []
         for tile, run in tiled(spec, kernel):
-            try:
-                took = time_one(run, inputs(spec))
-                found.append((took["forward" if kernel == "forward" else "backward"], tile, ""))
-            except Exception as error:
-                found.append((math.inf, tile, type(error).__name__))
+            took = time_in_turn({"": run}, inputs(spec))[""]
+            what = "forward" if kernel == "forward" else "backward"
+            found.append((took.get(what, math.inf), tile, took.get("error", "").split(":")[0]))
         line = ", ".join(
             f"{t[0]}x{t[1]} w{t[2]} s{t[3]}: {ms:.2f}{error}" for ms, t, error in sorted(found)
         )

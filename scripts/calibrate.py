@@ -66,9 +66,10 @@ def kernel_rates(world: World, spec: Spec, seconds: float) -> dict[str, float]:
 def one_pass(world: World, spec: Spec) -> bool:
     """Whether the backward kernel computes dQ together with dK and dV."""
     mask = rf.create_block_mask(rf.causal(), None, None, _FEW, _FEW, BLOCK_SIZE=_FEW)
-    q = torch.zeros(1, spec.heads, _FEW, spec.dim, dtype=spec.dtype, device=world.device)
+    q = torch.zeros(1, spec.heads, 1, spec.dim, dtype=spec.dtype, device=world.device)
+    q = q.expand(-1, -1, spec.tokens, -1)
     chosen = select("auto" if world.on_gpu else "eager", q, q, mask, None)
-    apart: bool = chosen.kernel.has_separate_passes(q, q, KernelOptions())
+    apart: bool = chosen.kernel.has_separate_passes(q, q, KernelOptions(), 1)
     return not apart
 
 

@@ -161,7 +161,8 @@ def _attend(
         )
         after = Partial(out, lse)
         schedule.forward(plan, kernel, q, k, v, score, scale, before, after, options)
-        terms = kernel.row_terms(dout, out, lse, None, q, plan.rows, score, scale, options)
+        apart = schedule.has_separate_passes(plan, kernel, q, v, options)
+        terms = kernel.row_terms(dout, out, lse, None, q, plan.rows, score, scale, options, apart)
         dq, dk, dv = schedule.backward(
             plan, kernel, dout, q, k, v, terms, score, scale, dcaptures, options
         )

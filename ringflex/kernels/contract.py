@@ -4,9 +4,9 @@ A kernel is a module with
 
     forward(q, k, v, mask, score, scale, before, after, options, stage, running, beside,
             more, behind)
-    row_terms(dout, out, lse, dlse, q, mask, score, scale, options) -> terms
+    row_terms(dout, out, lse, dlse, q, mask, score, scale, options, apart) -> terms
     backward(dout, q, k, v, terms, mask, score, scale, gradients, options)
-    has_separate_passes(q, v, options) -> bool
+    has_separate_passes(q, v, options, steps) -> bool
     may_overlap: bool
     joins: bool
 
@@ -25,11 +25,12 @@ A kernel is a module with
 - `joins`: whether `forward` with `more` is cheaper than merging; if not, it copies k and v to join.
 - `row_terms` turns the **global** out, lse and their gradients into what `backward` needs of each
   query, once for all steps: among it `delta = dout . out - dlse`, `[B, Hq, q_len or more]`.
+  `apart`: what `has_separate_passes` said.
 - `backward` adds this K/V's share of the gradients into `gradients`, or overwrites them.
 - `may_overlap`: whether calls of `backward` for different K/V and without gradients of captures may
   run on the GPU at the same time.
 - `has_separate_passes`: whether it computes dQ and dK/dV apart, so that asking for one, then for
-  the other, costs no more than asking for both.
+  the other, costs no more than asking for both. `steps`: how many of them compute.
 
 A query that sees nothing has out 0, lse -inf and zero gradients; two empty results merge to an
 empty one. lse is natural log.

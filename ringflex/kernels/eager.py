@@ -127,6 +127,7 @@ def row_terms(
     score: TracedMod | None,
     scale: float,
     options: KernelOptions,
+    apart: bool,
 ) -> RowTerms:
     """See `contract`."""
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
@@ -135,7 +136,7 @@ def row_terms(
     return RowTerms(lse, delta)
 
 
-def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions) -> bool:
+def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions, steps: int) -> bool:
     """See `contract`."""
     return False
 

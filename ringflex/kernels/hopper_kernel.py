@@ -6,8 +6,9 @@ What these kernels do not serve goes to the portable Triton kernel, launch by la
 - `tiles` by hand, or `tune`, which are of that kernel;
 - a backward with head dims above 128, or that must be deterministic (or `backward="two_pass"`), as
   this one adds up dQ in any order;
-- a backward of fewer tiles of keys than half the multiprocessors, but for a step of several, whose
-  queries, most of which see nothing of it, those kernels would visit all.
+- a backward of fewer tiles of keys than half the multiprocessors, as its two passes fill them
+  together; but for a step of several, whose queries, most of which see nothing of it, those kernels
+  would visit all.
 """
 
 from __future__ import annotations
@@ -163,18 +164,25 @@ def row_terms(
     score: TracedMod | None,
     scale: float,
     options: KernelOptions,
+    apart: bool,
 ) -> RowTerms:
     """See `contract`. Weights times the scale, of which dQ and dK need not be multiplied by it, if
     there is no score mod; in fp16, small ones would lose bits."""
     scaled = score is None and scale > 0 and dout.dtype == torch.bfloat16
-    factor = scale if scaled and not has_separate_passes(q, out, options) else 1.0
-    return triton_kernel.row_terms(dout, out, lse, dlse, q, mask, score, scale, options, factor)
+    factor = scale if scaled and not apart else 1.0
+    return triton_kernel.row_terms(
+        dout, out, lse, dlse, q, mask, score, scale, options, apart, factor
+    )
 
 
-def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions) -> bool:
+def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions, steps: int) -> bool:
     """See `contract`."""
     asked_for = options.deterministic or options.backward == "two_pass" or _by_hand(options)
-    return asked_for or max(q.shape[3], v.shape[3]) > _LARGEST_BACKWARD_DIM
+    return (
+        asked_for
+        or max(q.shape[3], v.shape[3]) > _LARGEST_BACKWARD_DIM
+        or (steps <= 1 and options.backward == "auto" and _has_few_tiles(v))
+    )
 
 
 def backward(
@@ -191,17 +199,15 @@ def backward(
 ) -> None:
     """See `contract`."""
     g = gradients
-    if has_separate_passes(q, v, options):
+    if has_separate_passes(q, v, options, 1 if g.running_q is None else 2):
         triton_kernel.backward(dout, q, k, v, terms, mask, score, scale, g, options)
         return
     assert g.dq is not None and g.dk is not None and g.dv is not None
     setup = Setup.of(q, k, v, mask, options)
     dout = dout if describable(dout) else dout.contiguous()
     tiles = setup.batch * setup.kv_heads * mask.kv_blocks * (mask.block_size[1] // _STAYS)
-    few = g.running_q is None and tiles <= _FEW * multiprocessors(q.device)
-    few = few and q.device.type == "cuda"  # not when compiling
     many = terms.delta.numel() >= 2**31  # row terms, whose places are counted in 32 bits
-    if few or many or not setup.describable or alignment(q, k, v, dout):
+    if many or not setup.describable or alignment(q, k, v, dout):
         if g.running_q is not None:  # which is added to, as it may be by other calls meanwhile
             options = replace(options, backward="one_pass")
         terms = _without_factor(terms)
@@ -279,6 +285,13 @@ def backward(
     if mod is not None and any(wanted):
         sums = iter(total for total, _ in pairs)
         mod.add_to_captures([next(sums) if want else None for want in wanted], g.dcaptures)
+
+
+def _has_few_tiles(v: Tensor) -> bool:
+    """Whether a backward of one step would leave half of the multiprocessors without a tile of
+    keys; never when compiling."""
+    tiles = v.shape[0] * v.shape[1] * -(-v.shape[2] // _STAYS)
+    return v.device.type == "cuda" and tiles <= _FEW * multiprocessors(v.device)
 
 
 def _heads_of_a_tile(setup: Setup, device: torch.device, beside: int | None) -> int:

@@ -123,6 +123,7 @@ def row_terms(
     score: TracedMod | None,
     scale: float,
     options: KernelOptions,
+    apart: bool,
     factor: float = 1.0,
 ) -> RowTerms:
     """See `contract`, and `RowTerms` for the factor."""
@@ -153,7 +154,7 @@ def row_terms(
     return terms
 
 
-def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions) -> bool:
+def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions, steps: int) -> bool:
     """See `contract`."""
     return options.backward != "one_pass"
 

@@ -116,8 +116,9 @@ class Attention(torch.autograd.Function):
             for c, wanted in zip(captures, ctx.needs_input_grad[_FIRST_CAPTURE:], strict=True)
         ]
         with _surroundings(q):
+            apart = schedule.has_separate_passes(plan, kernel, q, v, options)
             terms = kernel.row_terms(
-                dout, out, lse, dlse, q, plan.rows, ctx.score, ctx.scale, options
+                dout, out, lse, dlse, q, plan.rows, ctx.score, ctx.scale, options, apart
             )
             dq, dk, dv = schedule.backward(
                 plan, kernel, dout, q, k, v, terms, ctx.score, ctx.scale, dcaptures, options

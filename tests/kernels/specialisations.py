@@ -49,7 +49,7 @@ def batch(i: int) -> None:
     q, k, v, dout, out, lse = make(4), make(2), make(2), make(4), make(4), torch.zeros(2, 4, S)
     options = KernelOptions()
     triton_kernel.forward(q, k, v, block_mask, score, 0.1, None, Partial(out, lse), options)
-    terms = triton_kernel.row_terms(dout, out, lse, None, q, block_mask, score, 0.1, options)
+    terms = triton_kernel.row_terms(dout, out, lse, None, q, block_mask, score, 0.1, options, True)
     gradients = Gradients(
         dq=make(4), dk=make(2), dv=make(2), dcaptures=[torch.zeros_like(bias)],
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """Which launches the Hopper kernels make, and which they leave to the portable ones."""
 
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -101,8 +102,27 @@ def test_backward(
     )
     hopper_kernel.backward(dout, q, k, v, terms, mask, None, 0.125, gradients, options)
     assert launches.names == kernels
-    apart = hopper_kernel.has_separate_passes(q, v, options)
+    apart = hopper_kernel.has_separate_passes(q, v, options, 1)
     assert apart == (len(kernels) == 2 and not offset)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "steps", "backward", "apart"),
+    [
+        (8, 1024, 1, "auto", True),  # 64 tiles of keys, for 132 multiprocessors
+        (8, 2048, 1, "auto", False),
+        (8, 1024, 2, "auto", False),  # of several steps, whose queries see little of each
+        (8, 1024, 1, "one_pass", False),
+    ],
+)
+def test_few_tiles_of_keys_are_computed_apart(
+    heads: int, tokens: int, steps: int, backward: str, apart: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(hopper_kernel, "multiprocessors", lambda device: 132)
+    x: Any = SimpleNamespace(shape=(1, heads, tokens, 128), device=torch.device("cuda", 0))
+    options = KernelOptions(backward=backward)
+    assert hopper_kernel.has_separate_passes(x, x, options, steps) is apart
 
 
 def test_portable_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,30 +144,28 @@ def test_portable_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "D", "score", "scale", "options", "factor"),
+    ("dtype", "score", "scale", "apart", "factor"),
     [
-        (torch.bfloat16, 64, None, 0.125, KernelOptions(), 0.125),
-        (torch.float16, 64, None, 0.125, KernelOptions(), 1),
-        (torch.bfloat16, 64, rf.softcap(20.0), 0.125, KernelOptions(), 1),
-        (torch.bfloat16, 64, None, -0.125, KernelOptions(), 1),
-        (torch.bfloat16, 64, None, 0.125, KernelOptions(deterministic=True), 1),
-        (torch.bfloat16, 192, None, 0.125, KernelOptions(), 1),
+        (torch.bfloat16, None, 0.125, False, 0.125),
+        (torch.float16, None, 0.125, False, 1),
+        (torch.bfloat16, rf.softcap(20.0), 0.125, False, 1),
+        (torch.bfloat16, None, -0.125, False, 1),
+        (torch.bfloat16, None, 0.125, True, 1),  # which the portable kernel computes
     ],
 )
 def test_weights_times_the_scale(
     dtype: torch.dtype,
-    D: int,
     score: Any,
     scale: float,
-    options: KernelOptions,
+    apart: bool,
     factor: float,
     launches: Launches,
 ) -> None:
-    q, dout = (torch.zeros(1, 2, 256, dim, dtype=dtype) for dim in (D, 64))
+    q, dout = (torch.zeros(1, 2, 256, 64, dtype=dtype) for _ in range(2))
     mask = rf.create_block_mask(rf.causal(), None, None, 256, 256)
     traced = None if score is None else trace_score(score, torch.float32)
     terms = hopper_kernel.row_terms(
-        dout, dout, torch.zeros(1, 2, 256), None, q, mask, traced, scale, options
+        dout, dout, torch.zeros(1, 2, 256), None, q, mask, traced, scale, KernelOptions(), apart
     )
     assert terms.factor == factor
 

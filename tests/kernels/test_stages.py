@@ -112,7 +112,7 @@ def test_a_step_touches_only_its_own_queries(kernel: object) -> None:
     close(lse[:, :, where[3]], merged[:, :, where[3]])
 
     terms = kernel.row_terms(  # type: ignore[attr-defined]
-        dout, alone.out, alone.lse, None, q, mask, None, 0.25, options
+        dout, alone.out, alone.lse, None, q, mask, None, 0.25, options, True
     )
 
     def dq_of(dq: torch.Tensor, running_q: torch.Tensor | None) -> torch.Tensor:

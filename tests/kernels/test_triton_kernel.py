@@ -84,7 +84,7 @@ def test_weights_of_row_terms_have_their_factor() -> None:
     dout, out = (torch.randn(1, 2, S, 16, device=DEVICE) for _ in range(2))
     lse = torch.randn(1, 2, S, device=DEVICE)
     lse[:, :, 5] = -torch.inf
-    rest = dout, out, lse, None, dout, mask, None, 0.25, KernelOptions()
+    rest = dout, out, lse, None, dout, mask, None, 0.25, KernelOptions(), True
     plain, scaled = triton_kernel.row_terms(*rest), triton_kernel.row_terms(*rest, factor)
     assert (plain.factor, scaled.factor) == (1, factor)
     assert torch.equal(plain.delta, scaled.delta)
