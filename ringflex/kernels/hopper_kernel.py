@@ -111,7 +111,7 @@ def forward(
         heads = setup.batch * setup.heads
         lists, sections = in_sections(lists, tiles_m, heads, q.device, backwards=True)
         stages = 4 if max(D, Dv) <= 64 else 2
-        ahead = _ahead(setup, lists, alone=score_function is None and stage is None)
+        ahead = _ahead(setup, lists, alone=score_function is None and not merge.staged)
         per_block = _STAYS * mask.block_size[1] * 2 * (D + Dv)  # FLOP
         flops = float(lists.work.sum()) * heads * tiles_m * per_block
         total, generations = heads * lists.places * tiles_m, _GENERATIONS if behind else 0
@@ -146,7 +146,7 @@ def _ahead(setup: Setup, lists: BlockLists, alone: bool) -> bool:
     tile. In fp16 not where the main loop takes longer for it, as the assembler then orders it in
     another way; by measurement.
 
-    alone: without a score mod, and not of several steps.
+    alone: without a score mod, and without queries that begin in one step and end in another.
     """
     largest = max(setup.dims[0], setup.dims[2])
     if setup.dtype == torch.bfloat16:

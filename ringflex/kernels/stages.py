@@ -21,6 +21,7 @@ from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array
 
 BEGINS, ENDS, ACTIVE = 1, 2, 4  # bits of a turn
+_ALL = BEGINS | ENDS | ACTIVE
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,6 +37,24 @@ class Stage:
     turns: Array
     block_size: int
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def merges(self) -> bool:
+        """Whether it computes for queries that do not both begin and end with it."""
+        if "merges" not in self.cache:
+            self.cache["merges"] = bool(((self.turns != 0) & (self.turns != _ALL)).any())
+        merges: bool = self.cache["merges"]
+        return merges
+
+    @property
+    def is_selection(self) -> bool:
+        """Whether it merges nothing, and leaves as many queries alone in every batch element and
+        head: lists without these are all that a kernel must know of it."""
+        if "is selection" not in self.cache:
+            counts = (self.turns != 0).sum(axis=2)
+            self.cache["is selection"] = not self.merges and bool((counts == counts.max()).all())
+        is_selection: bool = self.cache["is selection"]
+        return is_selection
 
     def on(self, device: torch.device) -> Tensor:
         """`turns`, flat, on a device."""

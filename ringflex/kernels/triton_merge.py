@@ -39,6 +39,9 @@ class Merge(NamedTuple):
         """From what a forward is given, see `contract`."""
         out, lse = after
         assert out is not None
+        if stage is not None and stage.is_selection:
+            assert before is None or before.out is None
+            stage = None
         first_lse = lse if before is None else before.lse
         with_first = stage is not None and before is not None
         if stage is not None:  # with what is running, or, where a query begins, with first_lse

@@ -45,10 +45,7 @@ class Launch(NamedTuple):
     @property
     def merges(self) -> bool:
         """Whether it computes for queries that do not both begin and end with it."""
-        if self.stage is None:
-            return False
-        turns = self.stage.turns
-        return bool(((turns != 0) & (turns != ACTIVE | BEGINS | ENDS)).any())
+        return self.stage is not None and self.stage.merges
 
 
 _NOTHING = Launch(None, None)
@@ -96,7 +93,7 @@ def _launches(plan: Plan, first: BlockMask, stage: Stage, joins: bool) -> Launch
         waits = _waiting(plan, first, stage)  # for which step; 0: for none
         for number in sorted(set(waits) - {0}):
             made[number] = _with_local(plan.steps[number], first, waits == number)
-    apart = stage.turns.reshape(-1) & (BEGINS | ENDS) == BEGINS | ENDS
+    apart = _apart(stage)
     made[0] = _without(first, stage, apart | (waits > 0))
     return Launches.of(made, _without(first, stage, ~apart))
 
@@ -105,7 +102,7 @@ def _waiting(plan: Plan, first: BlockMask, stage: Stage) -> Array:
     """For each row of the local mask, the step that it may wait for; int64.
 
     Rows that see others' K/V may, for the first of it; those with the fewest local blocks before
-    others.
+    others. What is left hides the transfer, with what is apart. If that alone does, none is left.
     """
     sees = np.zeros((len(plan.steps), stage.turns.size), dtype=bool)
     for row, step in zip(sees, plan.steps, strict=True):
@@ -117,12 +114,19 @@ def _waiting(plan: Plan, first: BlockMask, stage: Stage) -> Array:
     order = np.argsort(work, kind="stable")
     order = order[waits[order] > 0]
     total = int(work.sum())
-    spare = total - _HIDDEN * first.H * _on_its_way(plan)
-    most = order.size - int(_FREE * total / _MERGE)
-    chosen = order[np.cumsum(work[order]) <= spare][: max(0, most)]
+    hides = _HIDDEN * first.H * _on_its_way(plan)
+    chosen = order[np.cumsum(work[order]) <= total - hides]
+    if work[_apart(stage)].sum() < hides:
+        chosen = chosen[: max(0, order.size - int(_FREE * total / _MERGE))]
     kept = np.zeros_like(waits)
     kept[chosen] = waits[chosen]
     return kept
+
+
+def _apart(stage: Stage) -> Array:
+    """Rows of the local step that see no other K/V, bool."""
+    both: Array = stage.turns.reshape(-1) & (BEGINS | ENDS) == BEGINS | ENDS
+    return both
 
 
 def _on_its_way(plan: Plan) -> float:
