@@ -300,10 +300,14 @@ def _heads_of_a_tile(setup: Setup, device: torch.device, beside: int | None) -> 
     time, and those of a group take more than half of the L2 cache. Kept on the mask.
 
     beside: tiles of whole groups, if other kernels' programs come between theirs: where these are
-        few and long, they would not end at about the same time.
+        few and long, they would not end at about the same time, so each serves a part of a group.
     """
-    if beside is not None and beside <= _MANY * multiprocessors(device):
-        return 1
+    if beside is not None:
+        enough = _MANY * multiprocessors(device)
+        parts = (n for n in range(1, setup.group) if setup.group % n == 0 and beside * n > enough)
+        members = setup.group // next(parts, setup.group)
+        if members < setup.group:
+            return members
     mask = setup.mask
     key = ("heads of a tile", setup.group, setup.dims, device)
     if key not in mask.cache:

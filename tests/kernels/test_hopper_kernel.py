@@ -190,7 +190,8 @@ def test_heads_of_a_group_are_apart_where_that_is_faster(
     setup = setup_of(block_mask)
     assert hopper_kernel._heads_of_a_tile(setup, CPU, None) == heads
     assert hopper_kernel._heads_of_a_tile(setup, CPU, 10_000) == heads
-    assert hopper_kernel._heads_of_a_tile(setup, CPU, 1_000) == 1
+    assert hopper_kernel._heads_of_a_tile(setup, CPU, 1_000) == 2  # of 4: 2,000 tiles
+    assert hopper_kernel._heads_of_a_tile(setup, CPU, 500) == 1
 
 
 @pytest.mark.parametrize(
