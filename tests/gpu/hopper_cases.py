@@ -111,10 +111,13 @@ def few() -> list[tuple[Case, str]]:
 
 def check(case: Case, strategy: str) -> None:
     """On one device, or by two ranks simulated in this process, whose results merge. In the
-    backward heads of a group are apart with an odd seed, and together with an even one; the queries
-    are parted with every third seed; a row of keys, if it can be, with three of four; and queries
-    wait for K/V that arrives with an odd seed, if they can."""
+    backward heads of a group are apart with an odd seed, together with an even one, and by halves
+    with every fifth; the queries are parted with every third seed; a row of keys, if it can be,
+    with three of four; and queries wait for K/V that arrives with an odd seed, if they can."""
     even = 2.0 if case.seed % 2 else 0.0
+    heads = hopper_kernel._heads_of_a_tile
+    if case.seed % 5 == 4:
+        heads = lambda setup, *_: max(1, setup.group // 2)
     stretches = lambda *_: 3 if case.seed % 3 == 2 else 1
 
     def tail(lists: BlockLists, *_: Any) -> Tail | None:
@@ -122,7 +125,10 @@ def check(case: Case, strategy: str) -> None:
         pieces = min(case.seed % 4 + 1, visited.min(initial=0))
         return Tail(1, pieces) if pieces > 1 else None
 
-    patches = {"_EVEN": even, "_MANY": 0, "_stretches": stretches, "tail_of": tail}
+    patches = {
+        "_EVEN": even, "_MANY": 0, "_heads_of_a_tile": heads, "_stretches": stretches,
+        "tail_of": tail,
+    }  # fmt: skip
     hidden = 0.0 if case.seed % 2 else 1e9
     with (
         mock.patch.multiple(hopper_kernel, **patches),
