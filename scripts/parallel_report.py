@@ -75,7 +75,8 @@ def new_record(arguments: argparse.Namespace) -> dict[str, Any] | str:
         if {key: record[key] for key in origin} != origin:
             return f"{arguments.output} was measured elsewhere: it cannot be merged with"
     script = f"scripts/{os.path.basename(sys.argv[0])}"
-    launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} {script}"
-    command = shlex.join([*launcher.split(), *sys.argv[1:]])
+    ranks = os.environ.get("WORLD_SIZE")
+    launcher = f"torchrun --nproc-per-node {ranks}" if ranks else "python"
+    command = shlex.join([*launcher.split(), script, *sys.argv[1:]])
     record["commands"].append({"command": command, "commit": arguments.commit or current_commit()})
     return record

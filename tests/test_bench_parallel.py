@@ -1,4 +1,5 @@
-"""scripts/bench_parallel.py: its problems, its stub that transfers nothing, and whole runs."""
+"""scripts/bench_parallel.py: its problems, its stub that transfers nothing, and whole runs; and
+bench_ranks.py, which measures ranks by that."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import bench_ranks  # noqa: E402
 import parallel_measure as measuring  # noqa: E402
 import ringflex as rf  # noqa: E402
 from bench_longest import longest  # noqa: E402
@@ -239,6 +241,29 @@ def test_two_ranks_measure_and_merge(tmp_path):
     }  # fmt: skip
     for name in ("parallel-speed", "parallel-bytes", "parallel-memory", "trace"):
         assert (tmp_path / f"{name}.png").stat().st_size > 3000
+
+
+# Ranks on one device
+
+
+def test_ranks_take_turns_on_one_device(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "ranks.json"
+    small = "--masks documents --lengths 600 --ranks 2 3 --heads 2 --kv-heads 1 --dim 16"
+    asked = f"bench_ranks.py {small} --device cpu --seconds 0.01 --commit abc --output {output}"
+    for merge in ([], ["--merge"]):
+        monkeypatch.setattr(sys, "argv", [*asked.split(), *merge])
+        bench_ranks.main()
+    record = json.loads(output.read_text())
+    assert [row["ranks"] for row in record["rows"]] == [2, 3, 2, 3]
+    assert [row["command"] for row in record["rows"]] == [0, 0, 1, 1]
+    assert record["commands"][0] == {"command": f"python scripts/{asked}", "commit": "abc"}
+    for row in record["rows"]:
+        for way in ("forward", "both"):
+            slowest = max(row[f"{way}_by_rank"])
+            assert len(row[f"{way}_by_rank"]) == row["ranks"] and slowest > 0
+            even = row[f"one_{way}"] / row["ranks"]
+            assert row[f"{way}_efficiency"] == pytest.approx(even / slowest)
+    assert "documents, 600 over 3: efficiency" in capsys.readouterr().out
 
 
 # The longest sequence
