@@ -60,9 +60,9 @@ class Configuration:
     Attributes:
         kernel: forward, merge (with a result before), key, query, one_pass, row_terms; staged and
             staged_query: the forward and dQ of one step of several. Those for Hopper:
-            hopper_forward, hopper_merge, hopper_staged, hopper_staged_sinks, hopper_staged_more
-            (with K/V in two pairs of tensors), hopper_backward, hopper_apart (a backward with the
-            heads of a group apart).
+            hopper_forward, hopper_merge, hopper_more (a forward with K/V in two pairs of tensors),
+            hopper_staged, hopper_staged_sinks, hopper_staged_more, hopper_backward, hopper_apart (a
+            backward with the heads of a group apart).
         mods: "none" (a causal mask), "full" (nor that), "documents" (and causal), "score"
             (softcap), "captures" (documents and ALiBi with gradients), "positions" (biases by
             query and by key, with gradients).
@@ -122,8 +122,8 @@ def hopper_configurations() -> Iterator[Configuration]:
         for mods in ("none", "captures"):
             yield replace(base, kernel="hopper_apart", D=D, Dv=D, mods=mods)
     yield replace(base, kernel="hopper_backward", mods="positions")
-    for kernel in ("hopper_merge", "hopper_staged", "hopper_staged_sinks", "hopper_staged_more"):
-        yield replace(base, kernel=kernel, mods="none")
+    for kind in ("merge", "more", "staged", "staged_sinks", "staged_more"):
+        yield replace(base, kernel=f"hopper_{kind}", mods="none")
     for D, Dv in ((80, 80), (192, 128), (256, 256)):
         yield replace(base, kernel="hopper_forward", D=D, Dv=Dv, mods="none")
     for D, Dv in ((16, 16), (128, 64)):
@@ -151,7 +151,7 @@ def launch_of(c: Configuration) -> Launch:
         score = trace_score(rf.alibi(slopes), torch.float32)
     if c.mods == "positions":
         score = trace_score(lambda s, b, h, q, kv: s + by_q[q] + by_kv[kv], torch.float32)
-    more = (k, v) if c.kernel == "hopper_staged_more" else None
+    more = (k, v) if c.kernel.endswith("more") else None
     block_mask = rf.create_block_mask(mask, None, None, S, 2 * S if more else S)
     options = KernelOptions(backward="one_pass" if c.kernel == "one_pass" else "auto")
     found: list[Launch] = []
@@ -177,7 +177,7 @@ def launch_of(c: Configuration) -> Launch:
         if kind.startswith("staged"):
             turns = np.ones((1, 1, block_mask.q_blocks), dtype=np.int32)
             stage = Stage(turns=turns, block_size=block_mask.block_size[0])
-        if kind in ("forward", "merge", "staged", "staged_sinks", "staged_more"):
+        if kind in ("forward", "merge", "more", "staged", "staged_sinks", "staged_more"):
             earlier = Partial(out.float(), lse.double())
             before = {"merge": earlier, "staged_sinks": Partial(None, lse)}.get(kind)
             module.forward(

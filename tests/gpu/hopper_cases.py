@@ -5,6 +5,9 @@
     PYTHONPATH=tests python tests/gpu/hopper_cases.py launches  # 10,000 launches, the same bits
     PYTHONPATH=tests compute-sanitizer --tool memcheck python tests/gpu/hopper_cases.py few
 
+(Its racecheck reports whatever one warp hands to others in shared memory: it does not follow a
+barrier at which one thread arrives for them all, not even in a kernel of nothing else.)
+
 Every mask, every score and every head dim, keys that grow, then 500 random cases of few enough
 kinds that kernels compile in a minute: no mask or score of those has a number in it that differs
 from case to case. In every other share the forward computes most tiles once more, as if sums had
