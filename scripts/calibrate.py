@@ -69,7 +69,7 @@ def one_pass(world: World, spec: Spec) -> bool:
     q = torch.zeros(1, spec.heads, 1, spec.dim, dtype=spec.dtype, device=world.device)
     q = q.expand(-1, -1, spec.tokens, -1)
     chosen = select("auto" if world.on_gpu else "eager", q, q, mask, None)
-    apart: bool = chosen.kernel.has_separate_passes(q, q, KernelOptions(), 1)
+    apart: bool = chosen.kernel.has_separate_passes(q, q, KernelOptions(), False)
     return not apart
 
 

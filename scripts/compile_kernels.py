@@ -185,7 +185,7 @@ def launch_of(c: Configuration) -> Launch:
                 earlier, more=more,
             )  # fmt: skip
             return found[0]
-        apart = module.has_separate_passes(q, v, options, 1)
+        apart = module.has_separate_passes(q, v, options, False)
         terms = module.row_terms(dout, out, lse, None, q, block_mask, score, 0.1, options, apart)
         if c.kernel == "row_terms":
             return found[0]

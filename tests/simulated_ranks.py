@@ -161,7 +161,7 @@ def _attend(
         )
         after = Partial(out, lse)
         schedule.forward(plan, kernel, q, k, v, score, scale, before, after, options)
-        apart = schedule.has_separate_passes(plan, kernel, q, v, options)
+        apart = kernel.has_separate_passes(q, v, options, plan.has_transfers)
         terms = kernel.row_terms(dout, out, lse, None, q, plan.rows, score, scale, options, apart)
         dq, dk, dv = schedule.backward(
             plan, kernel, dout, q, k, v, terms, score, scale, dcaptures, options

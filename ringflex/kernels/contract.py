@@ -6,7 +6,7 @@ A kernel is a module with
             more, behind)
     row_terms(dout, out, lse, dlse, q, mask, score, scale, options, apart) -> terms
     backward(dout, q, k, v, terms, mask, score, scale, gradients, options)
-    has_separate_passes(q, v, options, steps) -> bool
+    has_separate_passes(q, v, options, beside) -> bool
     may_overlap: bool
     joins: bool
 
@@ -30,7 +30,7 @@ A kernel is a module with
 - `may_overlap`: whether calls of `backward` for different K/V and without gradients of captures may
   run on the GPU at the same time.
 - `has_separate_passes`: whether it computes dQ and dK/dV apart, so that asking for one, then for
-  the other, costs no more than asking for both. `steps`: how many of them compute.
+  the other, costs no more than asking for both. `beside`: as of the gradients that are asked for.
 
 A query that sees nothing has out 0, lse -inf and zero gradients; two empty results merge to an
 empty one. lse is natural log.

@@ -136,7 +136,7 @@ def row_terms(
     return RowTerms(lse, delta)
 
 
-def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions, steps: int) -> bool:
+def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions, beside: bool) -> bool:
     """See `contract`."""
     return False
 

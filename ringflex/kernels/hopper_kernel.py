@@ -7,8 +7,8 @@ What these kernels do not serve goes to the portable Triton kernel, launch by la
 - a backward with head dims above 128, or that must be deterministic (or `backward="two_pass"`), as
   this one adds up dQ in any order;
 - a backward of fewer tiles of keys than half the multiprocessors, as its two passes fill them
-  together; but for a step of several, whose queries, most of which see nothing of it, those kernels
-  would visit all.
+  together; but not over several GPUs, in whose steps they would visit all queries, most of which
+  see nothing.
 """
 
 from __future__ import annotations
@@ -175,13 +175,13 @@ def row_terms(
     )
 
 
-def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions, steps: int) -> bool:
+def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions, beside: bool) -> bool:
     """See `contract`."""
     asked_for = options.deterministic or options.backward == "two_pass" or _by_hand(options)
     return (
         asked_for
         or max(q.shape[3], v.shape[3]) > _LARGEST_BACKWARD_DIM
-        or (steps <= 1 and options.backward == "auto" and _has_few_tiles(v))
+        or (not beside and options.backward == "auto" and _has_few_tiles(v))
     )
 
 
@@ -199,7 +199,7 @@ def backward(
 ) -> None:
     """See `contract`."""
     g = gradients
-    if has_separate_passes(q, v, options, 1 if g.running_q is None else 2):
+    if has_separate_passes(q, v, options, g.beside):
         triton_kernel.backward(dout, q, k, v, terms, mask, score, scale, g, options)
         return
     assert g.dq is not None and g.dk is not None and g.dv is not None
@@ -288,8 +288,8 @@ def backward(
 
 
 def _has_few_tiles(v: Tensor) -> bool:
-    """Whether a backward of one step would leave half of the multiprocessors without a tile of
-    keys; never when compiling."""
+    """Whether a backward would leave half of the multiprocessors without a tile of keys; never when
+    compiling."""
     tiles = v.shape[0] * v.shape[1] * -(-v.shape[2] // _STAYS)
     return v.device.type == "cuda" and tiles <= _FEW * multiprocessors(v.device)
 

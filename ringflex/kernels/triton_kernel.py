@@ -154,7 +154,7 @@ def row_terms(
     return terms
 
 
-def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions, steps: int) -> bool:
+def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions, beside: bool) -> bool:
     """See `contract`."""
     return options.backward != "one_pass"
 

@@ -116,7 +116,7 @@ class Attention(torch.autograd.Function):
             for c, wanted in zip(captures, ctx.needs_input_grad[_FIRST_CAPTURE:], strict=True)
         ]
         with _surroundings(q):
-            apart = schedule.has_separate_passes(plan, kernel, q, v, options)
+            apart = kernel.has_separate_passes(q, v, options, plan.has_transfers)
             terms = kernel.row_terms(
                 dout, out, lse, dlse, q, plan.rows, ctx.score, ctx.scale, options, apart
             )

@@ -46,7 +46,7 @@ def forward(
     assert after.out is not None
     home, (computes, apart, merge) = Pair(k, v), launches(plan, kernel.joins)
     running, lanes = None, Lanes(q.device)
-    if not _computing(plan):
+    if not any(step.mask is not None for step in plan.steps):
         after.out.zero_()
         if before is None:
             after.lse.fill_(-torch.inf)
@@ -96,7 +96,7 @@ def backward(
     """
     adds = any(t.of == 0 for step in plan.steps for t in step.collects)
     home = _new(Pair(k, v), compute_dtype(k.dtype) if adds else k.dtype)
-    apart = has_separate_passes(plan, kernel, q, v, options)
+    apart = kernel.has_separate_passes(q, v, options, plan.has_transfers)
     calls = _Calls(plan, kernel, dout, q, terms, score, scale, dcaptures, options, apart)
     overlaps = not apart and kernel.may_overlap and not any(d is not None for d in dcaptures)
     overlaps = overlaps and plan.has_transfers
@@ -143,19 +143,6 @@ def backward(
     return calls.dq, *home
 
 
-def has_separate_passes(
-    plan: Plan, kernel: ModuleType, q: Tensor, v: Tensor, options: KernelOptions
-) -> bool:
-    """Whether the backward computes dQ and dK/dV apart; see the contract."""
-    separate: bool = kernel.has_separate_passes(q, v, options, _computing(plan))
-    return separate
-
-
-def _computing(plan: Plan) -> int:
-    """Steps with K/V that local queries see."""
-    return sum(step.mask is not None for step in plan.steps)
-
-
 class _Calls:
     """The kernel's calls of one backward, and its dQ, which adds up from one to the next."""
 
@@ -175,7 +162,7 @@ class _Calls:
         self.kernel, self.dout, self.q, self.terms = kernel, dout, q, terms
         self.score, self.scale, self.dcaptures, self.options = score, scale, dcaptures, options
         self.apart, self.beside = apart, plan.has_transfers
-        computed = _computing(plan)
+        computed = sum(step.mask is not None for step in plan.steps)
         make = torch.empty if computed else torch.zeros
         self.dq = make(q.shape, dtype=q.dtype, device=q.device)
         self.running_q: Tensor | None = None

@@ -12,7 +12,7 @@ import ringflex as rf
 from ringflex.kernels import hopper_kernel, triton_kernel, triton_setup
 from ringflex.kernels.block_lists import BlockLists
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
-from ringflex.kernels.stages import ACTIVE, BEGINS, Stage
+from ringflex.kernels.stages import ACTIVE, BEGINS, ENDS, Stage
 from ringflex.kernels.triton_kernel import RowTerms
 from ringflex.kernels.triton_tiles import Architecture
 from ringflex.masks.trace import trace_score
@@ -102,27 +102,27 @@ def test_backward(
     )
     hopper_kernel.backward(dout, q, k, v, terms, mask, None, 0.125, gradients, options)
     assert launches.names == kernels
-    apart = hopper_kernel.has_separate_passes(q, v, options, 1)
+    apart = hopper_kernel.has_separate_passes(q, v, options, False)
     assert apart == (len(kernels) == 2 and not offset)
 
 
 @pytest.mark.parametrize(
-    ("heads", "tokens", "steps", "backward", "apart"),
+    ("heads", "tokens", "beside", "backward", "apart"),
     [
-        (8, 1024, 1, "auto", True),  # 64 tiles of keys, for 132 multiprocessors
-        (8, 2048, 1, "auto", False),
-        (8, 1024, 2, "auto", False),  # of several steps, whose queries see little of each
-        (8, 1024, 1, "one_pass", False),
+        (8, 1024, False, "auto", True),  # 64 tiles of keys, for 132 multiprocessors
+        (8, 2048, False, "auto", False),
+        (8, 1024, True, "auto", False),  # of several steps, whose queries see little of each
+        (8, 1024, False, "one_pass", False),
     ],
 )
 def test_few_tiles_of_keys_are_computed_apart(
-    heads: int, tokens: int, steps: int, backward: str, apart: bool,
+    heads: int, tokens: int, beside: bool, backward: str, apart: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(hopper_kernel, "multiprocessors", lambda device: 132)
     x: Any = SimpleNamespace(shape=(1, heads, tokens, 128), device=torch.device("cuda", 0))
     options = KernelOptions(backward=backward)
-    assert hopper_kernel.has_separate_passes(x, x, options, steps) is apart
+    assert hopper_kernel.has_separate_passes(x, x, options, beside) is apart
 
 
 def test_portable_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,21 +234,22 @@ def test_stretches_add_into_zeros_in_fp32(
 
 
 @pytest.mark.parametrize(
-    ("mask", "tokens", "D", "Dv", "score", "staged", "ahead"),
+    ("mask", "tokens", "D", "Dv", "score", "turn", "ahead"),
     [
-        (rf.full(), 256, 128, 128, None, False, True),
-        (rf.full(), 200, 128, 128, None, False, False),  # the last block of keys is partial
-        (rf.causal(), 256, 128, 128, None, False, False),
-        (rf.causal(), 256, 64, 64, None, False, True),
-        (rf.causal(), 256, 64, 128, None, False, False),
-        (rf.causal(), 256, 64, 64, rf.softcap(20.0), False, False),
-        (rf.full(), 256, 64, 64, None, False, False),
-        (rf.full(), 256, 256, 256, None, False, False),
-        (rf.full(), 256, 128, 128, None, True, False),
+        (rf.full(), 256, 128, 128, None, 0, True),
+        (rf.full(), 200, 128, 128, None, 0, False),  # the last block of keys is partial
+        (rf.causal(), 256, 128, 128, None, 0, False),
+        (rf.causal(), 256, 64, 64, None, 0, True),
+        (rf.causal(), 256, 64, 128, None, 0, False),
+        (rf.causal(), 256, 64, 64, rf.softcap(20.0), 0, False),
+        (rf.full(), 256, 64, 64, None, 0, False),
+        (rf.full(), 256, 256, 256, None, 0, False),
+        (rf.full(), 256, 128, 128, None, ACTIVE | BEGINS, False),
+        (rf.full(), 256, 128, 128, None, ACTIVE | BEGINS | ENDS, True),  # merges nothing
     ],
 )
 def test_forwards_that_load_ahead(
-    mask: Any, tokens: int, D: int, Dv: int, score: Any, staged: bool, ahead: bool,
+    mask: Any, tokens: int, D: int, Dv: int, score: Any, turn: int, ahead: bool,
     launches: Launches, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Where it was measured to be faster, and where it fits."""
@@ -263,8 +264,8 @@ def test_forwards_that_load_ahead(
     traced = None if score is None else trace_score(score, torch.float32)
     after = Partial(q.new_empty(1, 2, 256, Dv), torch.zeros(1, 2, 256))
     stage = running = None
-    if staged:
-        stage = Stage(turns=np.full((1, 1, 2), ACTIVE | BEGINS, dtype=np.int32), block_size=128)
+    if turn:
+        stage = Stage(turns=np.full((1, 1, 2), turn, dtype=np.int32), block_size=128)
         running = Partial(torch.zeros(1, 2, 256, Dv), torch.zeros(1, 2, 256).double())
     hopper_kernel.forward(
         q, k, v, block_mask, traced, 0.125, None, after, KernelOptions(), stage, running

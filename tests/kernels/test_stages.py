@@ -134,3 +134,13 @@ def test_a_step_touches_only_its_own_queries(kernel: object) -> None:
     close(running_q[:, :, where[1]], plain[:, :, where[1]])
     close(running_q[:, :, where[2]], plain[:, :, where[2]] + 2)
     close(staged[:, :, where[3]], plain[:, :, where[3]] + 2)
+
+
+def test_selections_leave_as_many_queries_alone_everywhere() -> None:
+    whole = ACTIVE | BEGINS | ENDS
+    stage = lambda *heads: Stage(turns=np.array([heads], dtype=np.int32), block_size=16)
+    assert stage([whole, 0], [0, whole]).is_selection
+    assert not stage([whole, 0], [whole, whole]).is_selection  # lists would have places too many
+    assert not stage([whole, 0], [0, whole]).merges and not stage([whole, 0], [0, 0]).merges
+    for turn in (ACTIVE, ACTIVE | BEGINS, ACTIVE | ENDS):
+        assert stage([whole, turn]).merges and not stage([whole, turn]).is_selection
