@@ -234,6 +234,7 @@ def time_in_turn(
             found[name] = first(run)
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            torch.cuda.empty_cache()  # of what did not fit, for those that follow
     names = [name for name, of in found.items() if "error" not in of]
     for shift in range(_ROUNDS):
         for name in names[shift:] + names[:shift]:

@@ -53,6 +53,7 @@ from parallel_measure import (
     Sample,
     Spec,
     World,
+    attention,
     default_device,
     describe,
     inputs,
@@ -96,15 +97,11 @@ def _ours(
     plan = rf.plan(p.mask_mod, spec.tokens, layout=layout, strategy=strategy, machine=nodes)
     return Contender(
         name=name,
-        run=_attention(plan, backend),
+        run=attention(plan, backend),
         positions=plan.positions,
         plan=plan,
-        warm=_attention(silent(plan, world), backend),
+        warm=attention(silent(plan, world), backend),
     )
-
-
-def _attention(block_mask: Any, backend: str) -> Run:
-    return partial(rf.flex_attention, block_mask=block_mask, enable_gqa=True, backend=backend)
 
 
 def one_gpu(
@@ -118,10 +115,10 @@ def one_gpu(
     def make() -> tuple[Contender, tuple[Tensor, ...]]:
         S = spec.tokens
         mask = rf.create_block_mask(p.mask_mod, None, None, S, S, device=world.device)
-        contender = Contender(name="one GPU", run=_attention(mask, arguments.backend))
+        contender = Contender(name="one GPU", run=attention(mask, arguments.backend))
         *leaves, dout = tensors = inputs(spec, world.device, contender)
         if arguments.once:  # so that the run that is timed does not compile
-            _both(_attention(_an_eighth(mask), arguments.backend), leaves, dout)
+            _both(attention(_an_eighth(mask), arguments.backend), leaves, dout)
         else:
             out = contender.run(*leaves)
             keep([out.detach(), *torch.autograd.grad(out, leaves, dout)])
@@ -190,7 +187,7 @@ def bench(
             world.together(partial(_both, contender.warm, leaves, dout))
         found |= measure(world, contender, tensors, seconds, inspect)
     if plan is not None and world.size > 1 and not arguments.once:
-        mute = Contender(name="", run=_attention(silent(plan, world), arguments.backend))
+        mute = Contender(name="", run=attention(silent(plan, world), arguments.backend))
         without = measure(world, mute, tensors, seconds)
         found |= {f"exposed_{way}": found[way] - without[way] for way in ("forward", "both")}
     if plan is not None and one is not None and not arguments.once:

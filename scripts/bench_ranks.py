@@ -22,7 +22,6 @@ import random
 import statistics
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from parallel_measure import (
     Contender,
     Spec,
     World,
+    attention,
     default_device,
     inputs,
     measure,
@@ -65,16 +65,12 @@ def contenders(
     """The whole problem, and each rank's part of it, with their inputs."""
     p, S = problem(spec, world.device), spec.tokens
     whole = rf.create_block_mask(p.mask_mod, None, None, S, S, device=world.device)
-    made = {WHOLE: Contender(name=WHOLE, run=_attention(whole, backend))}
+    made = {WHOLE: Contender(name=WHOLE, run=attention(whole, backend))}
     for plan in rf.plan_all(p.mask_mod, S, ranks, strategy=strategy):
         name = f"rank {plan.rank}"
-        run = _attention(silent(plan, world), backend)
+        run = attention(silent(plan, world), backend)
         made[name] = Contender(name=name, run=run, positions=plan.positions)
     return {name: (c, inputs(spec, world.device, c)) for name, c in made.items()}
-
-
-def _attention(block_mask: Any, backend: str) -> Any:
-    return partial(rf.flex_attention, block_mask=block_mask, enable_gqa=True, backend=backend)
 
 
 def bench(

@@ -225,6 +225,13 @@ class Contender:
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
+def attention(block_mask: Any, backend: str) -> Run:
+    """Ours, by a plan, or on one device by a block mask."""
+    return functools.partial(
+        rf.flex_attention, block_mask=block_mask, enable_gqa=True, backend=backend
+    )
+
+
 def inputs(spec: Spec, device: torch.device, contender: Contender) -> tuple[Tensor, ...]:
     """This rank's q, k, v, dout of one and the same global problem."""
     made = []

@@ -39,7 +39,7 @@ class Merge(NamedTuple):
         """From what a forward is given, see `contract`."""
         out, lse = after
         assert out is not None
-        if stage is not None and stage.is_selection:
+        if stage is not None and stage.is_selection:  # lists of queries, without turns, serve
             assert before is None or before.out is None
             stage = None
         first_lse = lse if before is None else before.lse
