@@ -72,9 +72,9 @@ def _load_list(
         at = padded_len // BLOCK_M - 1 - tile
         row = at * BLOCK_M
         slot = loaded % STAGES
+        position = position_of(q_starts, at, BLOCK_M, TILES, False)
         if loaded >= STAGES:
             wait_for(FIRST_BARRIER + slot, HANDOVER)
-        position = position_of(q_starts, at, BLOCK_M, TILES, False)
         item = loaded % (2 * STAGES) * ITEM_WORDS
         write_word(items, item, position)
         write_word(items, item + 1, h)

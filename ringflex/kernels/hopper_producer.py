@@ -48,10 +48,12 @@ def _load_list(
     tile, end, run, next_tile, next_end = first_tile(runs, run, TILES)
     for _ in range(tiles):
         slot = loaded % STAGES
+        if POSITIONS:  # loaded while the slot is not free yet
+            position = position_of(kv_starts, tile, BLOCK_N, TILES, IN_ORDER)
         if loaded >= STAGES:
             wait_for(FIRST_BARRIER + slot, HANDOVER)
         if POSITIONS:
-            write_word(positions, slot, position_of(kv_starts, tile, BLOCK_N, TILES, IN_ORDER))
+            write_word(positions, slot, position)
         mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
         row = tile * BLOCK_N
         _load(k, more[0], more[2], b, kv_head, row, k_full.index(slot), k_buffers.index(slot))
