@@ -121,14 +121,6 @@ def key_lists(
     return mask.cache[key]
 
 
-def half_of(lists: BlockLists, half: int) -> BlockLists:
-    """Every other place of the order, so that both halves have about as much to do; the other half
-    comes behind. `order` itself stays as it is."""
-    work, order = lists.work[half::2], lists.order_here
-    order = np.concatenate([order[:, half::2], order[:, 1 - half :: 2]], axis=1)
-    return lists._replace(places=len(work), work=work, order_here=order)
-
-
 def positions(mask: BlockMask, device: torch.device) -> Positions:
     """Where the blocks are in the whole sequence. Kept on the mask."""
     key = ("positions", device)

@@ -20,7 +20,7 @@ A kernel is a module with
   compute dtype, lse in fp64, so that its rounding does not add up; None if all that see this one
   begin and end with it. What is in `after` is rounded once.
 - `beside`: transfers may be under way meanwhile, which need a few multiprocessors of the GPU.
-- `behind`: other launches may want its multiprocessors soon.
+- `behind`: a `Way` that its programs make, when told to, for other launches; or None.
 - `more`: K and V that follow k and v, as the mask counts its blocks; whole blocks of both.
 - `joins`: whether `forward` with `more` is cheaper than merging; if not, it copies k and v to join.
 - `row_terms` turns the **global** out, lse and their gradients into what `backward` needs of each
@@ -68,6 +68,15 @@ class Partial(NamedTuple):
         )
 
 
+@dataclass(eq=False)
+class Way:
+    """Through a launch, for others that come later: a kernel that can make room leaves a `word`
+    here, one int32 on its GPU; each time that the number in it grows, those of its programs that
+    run end with the tile in hand, and others take their place, behind what waits."""
+
+    word: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Gradients:
     """Where a backward leaves its results.
@@ -80,9 +89,7 @@ class Gradients:
         stage, running_q: as in `forward`, for dq; running_q is in the compute dtype. running_q
             without a stage, of a kernel without separate passes: dQ is added to it, and dq left.
         beside: as in `forward`.
-        half: 0 or 1, of a kernel whose calls may overlap: dk and dv of about half of the keys, and
-            what these add to dq. Transfers soon find room beside the second. The first call takes
-            all where the kernel cannot part them, or where transfers find room beside it as well.
+        behind: as in `forward`.
     """
 
     dq: Tensor | None
@@ -92,7 +99,7 @@ class Gradients:
     stage: Stage | None = None
     running_q: Tensor | None = None
     beside: bool = False
-    half: int | None = None
+    behind: Way | None = None
 
 
 class Tile(NamedTuple):

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ringflex.kernels.contract import Gradients, KernelOptions, Partial, compute_dtype
+from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Way, compute_dtype
 from ringflex.kernels.stages import Stage
 from ringflex.kernels.tiles import Chunk, chunks_of
 from ringflex.masks.block_mask import BlockMask
@@ -62,7 +62,7 @@ def forward(
     running: Partial | None = None,
     beside: bool = False,
     more: tuple[Tensor, Tensor] | None = None,
-    behind: bool = False,
+    behind: Way | None = None,
 ) -> None:
     """See `contract`."""
     if more is not None:

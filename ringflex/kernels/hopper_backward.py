@@ -34,6 +34,7 @@ from ringflex.kernels.hopper_common import (
     WORDS,
     end,
     head_and_place,
+    makes_way,
     read_word,
     take,
     write_word,
@@ -112,6 +113,8 @@ def _produce(
     order_stride_b, order_stride_h, blocks, kv_stride_b, together, units, sections = shape[6:13]
     total = units * places * TILES_N
     left = shape[13] + gl.program_id(0) % shape[14]
+    at_once, waves = shape[15], shape[16]
+    stays = gl.program_id(0) // at_once >= waves - 1
     work = take(counters)
     loaded = gl.to_tensor(0)
     given = gl.to_tensor(0)
@@ -119,7 +122,8 @@ def _produce(
         left -= 1
         upcoming = total
         if left > 0:
-            upcoming = take(counters)
+            if stays:  # others take the next one later, as tiles are long
+                upcoming = take(counters)
         unit, place = head_and_place(work, together, units, sections)
         first = unit * members
         b, first_h = first // heads, first % heads
@@ -171,6 +175,9 @@ def _produce(
                     padded_len, False, BLOCK_M, TILES_M, STAGES,
                 )  # fmt: skip
         work = upcoming
+        if not stays:
+            if not makes_way(counters, at_once, waves):
+                work = take(counters)
     end(queue, given)
 
 
@@ -389,7 +396,7 @@ def _write(
     do_not_specialize=[
         "kv_len", "q_limit", "kv_limit", "padded_len", "heads", "group", "members", "places",
         "row_stride_b", "row_stride_h", "order_stride_b", "order_stride_h", "blocks", "kv_stride_b",
-        "together", "units", "quota", "spread",
+        "together", "units", "quota", "spread", "at_once", "waves",
     ]
 )  # fmt: skip
 def hopper_backward_kernel(
@@ -397,7 +404,7 @@ def hopper_backward_kernel(
     rows, runs, order, q_starts, kv_starts, mask_tables,
     kv_len, q_limit, kv_limit, padded_len, heads, group, members, places,
     row_stride_b, row_stride_h, order_stride_b, order_stride_h, blocks, kv_stride_b, together,
-    units, sections, quota, spread,
+    units, sections, quota, spread, at_once, waves,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr, APART: gl.constexpr, SCALED: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
@@ -453,7 +460,8 @@ def hopper_backward_kernel(
     lengths = (kv_len, q_limit, kv_limit)
     shape = (
         heads, group, members, places, row_stride_b, row_stride_h, order_stride_b,
-        order_stride_h, blocks, kv_stride_b, together, units, sections, quota, spread,
+        order_stride_h, blocks, kv_stride_b, together, units, sections, quota, spread, at_once,
+        waves,
     )  # fmt: skip
     # Both times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(

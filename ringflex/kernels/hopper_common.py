@@ -53,11 +53,19 @@ def take(counters):
 
 
 @gluon.jit
+def makes_way(counters, at_once, waves):
+    """Whether a program is to end, for launches that wait. Of `waves` of programs that run at once,
+    each time that it is told one more; never the last."""
+    told = gl.load(counters + 2, volatile=True)
+    return gl.program_id(0) // at_once < gl.minimum(told, waves - 1)
+
+
+@gluon.jit
 def leave(counters):
     """The last program to leave sets the counters back to zero, for the next launch."""
     if gl.atomic_add(counters + 1, 1, sem="relaxed") == gl.num_programs(0) - 1:
-        gl.store(counters, 0)
-        gl.store(counters + 1, 0)
+        for i in gl.static_range(3):
+            gl.store(counters + i, 0)
 
 
 @gluon.jit

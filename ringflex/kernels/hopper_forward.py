@@ -329,7 +329,7 @@ def _write(
     do_not_specialize=[
         "q_len", "q_limit", "kv_limit", "heads", "group", "blocks",
         "row_stride_b", "row_stride_h", "kv_stride_b", "together", "total_heads",
-        "quota", "spread", "split",
+        "quota", "spread", "at_once", "waves", "split",
     ]
 )  # fmt: skip
 def hopper_forward_kernel(
@@ -337,7 +337,7 @@ def hopper_forward_kernel(
     scale, rows, runs, order, turns, q_starts, kv_starts, mask_tables,
     q_len, q_limit, kv_limit, heads, group, blocks,
     row_stride_b, row_stride_h, kv_stride_b, together, total_heads, sections, quota,
-    spread, split,
+    spread, at_once, waves, split,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
     STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
@@ -347,7 +347,7 @@ def hopper_forward_kernel(
 ):  # fmt: skip
     """Grid: `(programs,)`; program i takes up to `quota + i % spread` tiles.
 
-    q, k, v: descriptors of `[1, 1, 64 or BLOCK_N, padded dim]`. counters: int32 `[2]`, zeros
+    q, k, v: descriptors of `[1, 1, 64 or BLOCK_N, padded dim]`. counters: int32 `[3]`, zeros
     before and after. more_k, more_v: as k, v, what follows their `split` rows, or all three None.
     together, total_heads, sections: see `head_and_place`. AHEAD: shared memory
     is left to load the next tile's queries while a tile is computed, and to write whole rows. The
@@ -392,7 +392,7 @@ def hopper_forward_kernel(
     lengths = (q_len, q_limit, kv_limit)
     shape = (
         heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together, total_heads,
-        sections, quota, spread,
+        sections, quota, spread, at_once, waves,
     )  # fmt: skip
     # Both times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ringflex.kernels import triton_kernel
-from ringflex.kernels.block_lists import BlockLists, half_of, key_lists, query_lists
-from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
+from ringflex.kernels.block_lists import BlockLists, key_lists, query_lists
+from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile, Way
 from ringflex.kernels.hopper_backward import hopper_backward_kernel
 from ringflex.kernels.hopper_forward import hopper_forward_kernel
 from ringflex.kernels.hopper_launch import (
@@ -59,7 +59,6 @@ _LARGEST_BACKWARD_DIM = 128
 _EVEN = 0.75  # mean work of rows over the longest's, from which on heads of a group stay together
 _FEW, _MANY = 0.5, 10  # tiles of keys per multiprocessor
 _FORWARD_LIFE, _BACKWARD_LIFE = 1e10, 3.5e9  # FLOP of a program: about 2 and 0.8 ms
-_GENERATIONS = 4  # of programs of what runs behind other launches
 _KEPT = 0.75  # of the L2 cache, what programs may walk out of step
 
 
@@ -77,7 +76,7 @@ def forward(
     running: Partial | None = None,
     beside: bool = False,
     more: tuple[Tensor, Tensor] | None = None,
-    behind: bool = False,
+    behind: Way | None = None,
 ) -> None:
     """See `contract`."""
     setup = Setup.of(q, k, v, mask, options)
@@ -101,8 +100,8 @@ def forward(
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_n = 128 if max(D, Dv) <= 128 else 64
     key = (
-        "hopper forward", kind_of(mod), score_function, merge.key, stage, beside, behind,
-        more and tuple(x.stride() for x in more),
+        "hopper forward", kind_of(mod), score_function, merge.key, stage, beside,
+        behind is not None, more and tuple(x.stride() for x in more),
     )  # fmt: skip
     ready = setup.prepared.get(key)
     if ready is None:
@@ -114,8 +113,10 @@ def forward(
         ahead = _ahead(setup, lists, alone=score_function is None and not merge.staged)
         per_block = _STAYS * mask.block_size[1] * 2 * (D + Dv)  # FLOP
         flops = float(lists.work.sum()) * heads * tiles_m * per_block
-        total, generations = heads * lists.places * tiles_m, _GENERATIONS if behind else 0
-        programs, *quota = queue(total, flops, q.device, beside, _FORWARD_LIFE, generations)
+        programs, *quota = queue(
+            heads * lists.places * tiles_m, flops, q.device, beside, _FORWARD_LIFE,
+            makes_way=behind is not None,
+        )  # fmt: skip
         ready = Prepared(
             hopper_forward_kernel,
             (programs, 1, 1),
@@ -137,7 +138,7 @@ def forward(
         described(q, _GROUP, D_PAD), described(k, block_n, D_PAD), described(v, block_n, DV_PAD),
         described(more[0], block_n, D_PAD) if more else None,
         described(more[1], block_n, DV_PAD) if more else None,
-        *merge.arguments, counters(q.device), () if mod is None else mod.arguments, scale,
+        *merge.arguments, counters(q.device, behind), () if mod is None else mod.arguments, scale,
     )  # fmt: skip
 
 
@@ -216,11 +217,9 @@ def backward(
     mod = score_mod(score, q.device, options)
     wanted = () if mod is None else mod.wanted([d is not None for d in g.dcaptures])
     pairs = [] if mod is None else accumulators(mod, wanted)
-    # Programs of a short one stay to the end, which is faster, though transfers wait for it.
+    # Programs of a short one stay to the end, which is faster, or until they are told to leave.
     short = g.beside and _is_short(setup, q.device)
-    beside, half = g.beside and not short, g.half if short else None
-    if g.half == 1 and half is None:
-        return
+    beside, behind = g.beside and not short, g.behind if short else None
     dq = sum_of_queries(g)
     members = _heads_of_a_tile(setup, q.device, tiles if g.beside else None)
     stretches = _stretches(setup, q.device, beside)
@@ -232,7 +231,7 @@ def backward(
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_m = 128 if max(D, Dv) <= 64 and mod is None else 64  # what registers allow
     key = (
-        "hopper backward", members, stretches, g.beside, beside, half, kind_of(mod),
+        "hopper backward", members, stretches, g.beside, beside, behind is not None, kind_of(mod),
         score_function, dout.stride(), dk.dtype, dk.stride(), dv.stride(), tuple(wanted),
         alignment(dk, dv), terms.factor == 1,
     )  # fmt: skip
@@ -241,17 +240,14 @@ def backward(
         lists = key_lists(mask, members, q.device, descending=True, stretches=stretches)
         units = setup.batch * setup.heads // members
         tiles_m, tiles_n = mask.block_size[0] // block_m, mask.block_size[1] // _STAYS
-        if half is not None:
-            lists = half_of(lists, half)
-            if not lists.places:
-                return
-        elif apart and stretches == 1 and not g.beside:
+        if apart and stretches == 1 and not g.beside:
             tail = tail_of(lists, units * tiles_n, q.device)
             lists = lists if tail is None else keys_in_pieces(mask, lists, tail, q.device)
         lists, sections = in_sections(lists, tiles_n, units, q.device, backwards=False)
-        total, flops = units * lists.places * tiles_n, _backward_flops(setup, lists)
-        generations = _GENERATIONS if half == 1 else 0
-        programs, *quota = queue(total, flops, q.device, beside, _BACKWARD_LIFE, generations)
+        programs, *quota = queue(
+            units * lists.places * tiles_n, _backward_flops(setup, lists), q.device, beside,
+            _BACKWARD_LIFE, makes_way=behind is not None,
+        )  # fmt: skip
         score_gradient = None
         if mod is not None:
             score_gradient = mod.gradient(wanted or [False] * len(mod.tables))
@@ -276,7 +272,8 @@ def backward(
         described(q, block_m, D_PAD), described(k, _GROUP, D_PAD), described(v, _GROUP, DV_PAD),
         described(dout, block_m, DV_PAD), *(described_flat(x, block_m) for x in terms[:2]),
         described(dq, block_m * D_PAD // (2 * _GROUP), _GROUP), strided(dk), strided(dv),
-        counters(q.device), () if mod is None else mod.arguments, gradient_arguments(pairs), scale,
+        counters(q.device, behind), () if mod is None else mod.arguments,
+        gradient_arguments(pairs), scale,
     )  # fmt: skip
     round_queries(g, dq)
     if dk is not g.dk:
@@ -369,8 +366,7 @@ def _sums_of_keys(g: Gradients) -> tuple[Tensor, Tensor]:
     """Where heads of a group, or stretches of queries, add dK and dV, in fp32."""
     assert g.dk is not None and g.dv is not None
     if g.dk.dtype == torch.float32:
-        return (g.dk, g.dv) if g.half == 1 else (g.dk.zero_(), g.dv.zero_())
-    assert g.half is None  # it would be lost in between
+        return g.dk.zero_(), g.dv.zero_()
     sizes = g.dk.numel(), g.dv.numel()
     dk, dv = torch.zeros(sum(sizes), dtype=torch.float32, device=g.dk.device).split(sizes)
     return dk.view(g.dk.shape), dv.view(g.dv.shape)

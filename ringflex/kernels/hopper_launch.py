@@ -11,9 +11,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ringflex.kernels.block_lists import BlockLists
+from ringflex.kernels.contract import Way
 from ringflex.kernels.device_arrays import to_device
 
 _COUNTERS = 2048  # launches that may be under way at once
+_WAVES = 4  # of programs of a launch that makes way for others
 _SHORT = 2e10  # FLOP of a launch, for each multiprocessor: about 4 ms
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 _FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
@@ -79,10 +81,11 @@ def queue(
     device: torch.device,
     beside: bool,
     life: float,
-    generations: int = 0,
-) -> tuple[int, int, int]:
+    makes_way: bool = False,
+) -> tuple[int, int, int, int, int]:
     """How many programs to launch, and how many tiles each may take: of program i, the second
-    number + i modulo the third.
+    number + i modulo the third. Then how many run at once, and in how many waves (see
+    `hopper_common.makes_way`).
 
     Args:
         tiles, flops: in all.
@@ -90,21 +93,22 @@ def queue(
         beside: other kernels may need multiprocessors meanwhile, as transfers do. So programs of a
             long launch end at any time, and others take their place. A short one would take up to
             5% longer by that.
-        generations: of programs, that many at least, also of a short launch.
+        makes_way: programs end when they are told to, instead.
     """
     at_once = multiprocessors(device)
+    if makes_way:
+        waves = max(1, min(_WAVES, -(-tiles // at_once)))
+        return min(tiles, waves * at_once), 1 << 30, 1, at_once, waves
     mean = max(1, round(life * tiles / max(flops, 1.0)))
-    if generations:
-        mean = max(1, min(mean, tiles // (generations * at_once)))
-    elif not beside or tiles <= 2 * mean * at_once:
-        return min(tiles, at_once), 1 << 30, 1
+    if not beside or tiles <= 2 * mean * at_once:
+        return min(tiles, at_once), 1 << 30, 1, at_once, 1
     if mean == 1:
-        return tiles, 1, 1
+        return tiles, 1, 1, at_once, 1
     spread = 2 * mean - 1
     # With programs to spare, so that none must take more in the end than others.
     rounds, rest = divmod(tiles + at_once * mean, mean * spread)
     more = int(np.searchsorted(np.cumsum(np.arange(1, spread + 1)), rest)) + 1
-    return rounds * spread + more, 1, spread
+    return rounds * spread + more, 1, spread, at_once, 1
 
 
 def is_short(flops: float, device: torch.device) -> bool:
@@ -122,11 +126,11 @@ def multiprocessors(device: torch.device) -> int:
 
 
 class _Counters:
-    """A ring of pairs of zeros, which every launch leaves as it found them."""
+    """A ring of zeros, which every launch leaves as it found them."""
 
     def __init__(self, device: torch.device) -> None:
         pool = torch.zeros(_COUNTERS, 4, dtype=torch.int32, device=device)  # 16 bytes each
-        self.pairs = list(pool)
+        self.slots = list(pool)
         self.next = 0
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.current_stream(device).synchronize()  # another stream may be the next
@@ -137,11 +141,15 @@ def _ring(device: torch.device) -> _Counters:
     return _Counters(device)
 
 
-def counters(device: torch.device) -> Tensor:
-    """Two zeros, int32, for one launch."""
+def counters(device: torch.device, way: Way | None = None) -> Tensor:
+    """Zeros for one launch, int32: the next tile, programs that have left, and how often it was
+    told to make way, by whoever comes later; stale, that costs a little time."""
     ring = _ring(device)
     ring.next = (ring.next + 1) % _COUNTERS
-    return ring.pairs[ring.next]
+    slot = ring.slots[ring.next]
+    if way is not None:
+        way.word = slot[2:3]
+    return slot
 
 
 @functools.cache

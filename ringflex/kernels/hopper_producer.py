@@ -13,6 +13,7 @@ from ringflex.kernels.hopper_common import (
     WORDS,
     end,
     head_and_place,
+    makes_way,
     take,
     write_word,
 )
@@ -109,6 +110,7 @@ def produce(
     together, total_heads, sections = shape[6:9]
     total = total_heads * blocks * TILES_M
     left = shape[9] + gl.program_id(0) % shape[10]
+    at_once, waves = shape[11], shape[12]
     work = take(counters)
     upcoming = gl.to_tensor(total)
     entry = gl.to_tensor(-1)  # of what was reported, if that is being computed again
@@ -123,7 +125,8 @@ def produce(
             left -= 1
             upcoming = total
             if left > 0:
-                upcoming = take(counters)
+                if not makes_way(counters, at_once, waves):
+                    upcoming = take(counters)
         else:
             how = (1 << entry // FAILURES) | RUNNING
             entry += 1

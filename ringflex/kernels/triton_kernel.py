@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ringflex.kernels.block_lists import key_lists, query_lists
-from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile
+from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Tile, Way
 from ringflex.kernels.mod_tables import gradient_arguments
 from ringflex.kernels.stages import Stage
 from ringflex.kernels.triton_backward import key_kernel, query_kernel, row_terms_kernel
@@ -64,7 +64,7 @@ def forward(
     running: Partial | None = None,
     beside: bool = False,
     more: tuple[Tensor, Tensor] | None = None,
-    behind: bool = False,
+    behind: Way | None = None,
 ) -> None:
     """See `contract`."""
     if more is not None:
@@ -172,8 +172,6 @@ def backward(
     options: KernelOptions,
 ) -> None:
     """See `contract`."""
-    if gradients.half == 1:
-        return
     setup, q, k, v = _setup(q, k, v, mask, options)
     mod = score_mod(score, q.device, options)
     call = _Backward(setup, mod, nearby(dout), q, k, v, terms, scale, gradients)

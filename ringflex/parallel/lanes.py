@@ -2,9 +2,10 @@
 
 The last programs of a kernel end one by one, and the next kernel on the stream, which waits for
 all of them, finds room that nothing used: 2 to 6% of a backward with 8k tokens to a GPU. What
-others wait for runs *ahead*, on a stream of high priority. What nobody waits for, the backward of
-the local K/V, is left *behind* on the program's own stream, to run wherever there is room; but its
-programs make room only if there is work for more than a few milliseconds (`hopper_launch.queue`).
+others wait for runs *ahead*, on a stream of high priority. What nobody waits for, such as the
+backward of the local K/V, is left *behind* on the program's own stream, to run wherever there is
+room. Its programs stay to the end, as long as nobody asks them to *make way*: a number is copied to
+where they look, by a copy engine, as no multiprocessor may be free to do that.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+from ringflex.kernels.contract import Way
 
 _PRIORITY = -1  # above that of the program's own stream; transfers are above this
+_MOST = 64  # times that a launch makes way
 
 
 class Lanes:
@@ -24,6 +29,8 @@ class Lanes:
     def __init__(self, device: torch.device) -> None:
         self._own = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._left: torch.cuda.Event | None = None
+        self.way = Way()  # through what is left behind
+        self._asked = 0
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
@@ -57,6 +64,13 @@ class Lanes:
             yield
         self._left = self._own.record_event()
 
+    def make_way(self) -> None:
+        """Inside `ahead`: what is left behind ends where it is, to go on behind what is launched,
+        and transferred, from now on."""
+        if self.way.word is not None and self._asked < _MOST:
+            self._asked += 1
+            self.way.word.copy_(_numbers()[self._asked], non_blocking=True)
+
     @property
     def meeting(self) -> bool:
         """Whether something was left behind that `meet` would wait for."""
@@ -67,6 +81,11 @@ class Lanes:
         if self._left is not None:
             torch.cuda.current_stream().wait_event(self._left)
             self._left = None
+
+
+@functools.cache
+def _numbers() -> list[Tensor]:
+    return list(torch.arange(_MOST + 1, dtype=torch.int32).pin_memory().split(1))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringflex.kernels.contract import Gradients, KernelOptions, Partial, compute_dtype
+from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Way, compute_dtype
 from ringflex.masks.traced_mod import TracedMod
 from ringflex.parallel.comm import Communicator, Exchange
 from ringflex.parallel.lanes import Lanes
@@ -60,11 +60,12 @@ def forward(
             with computing("forward", number, track):
                 kernel.forward(
                     q, *held, what.mask, score, scale, before, after, options, what.stage, running,
-                    plan.has_transfers, home if what.more else None, track == "behind",
+                    plan.has_transfers, home if what.more else None,
+                    lanes.way if track == "behind" else None,
                 )  # fmt: skip
 
     with lanes.ahead() if apart.mask is not None else nullcontext():
-        for number, _, held in _Walk(plan, home):
+        for number, _, held in _Walk(plan, home, lanes):
             if number > 0 or apart.mask is None:
                 launch(number, held, computes[number])
                 continue
@@ -90,9 +91,8 @@ def backward(
     """Gradients of the local q, k, v, in their dtypes; adds into `dcaptures`.
 
     On a GPU, the local K/V, for whose gradients nothing waits, are left behind the rest (see
-    `lanes`); of a kernel that computes dQ and dK/dV apart, local dK/dV. One that does not computes
-    half of them, if there is little to do, while the first K/V is on its way, and half when the
-    last step has begun, whose dK/dV nothing else would hide.
+    `lanes`); of a kernel that computes dQ and dK/dV apart, local dK/dV. So what others wait for is
+    computed as soon as K/V is there, and dK/dV go home while the rest of the local ones is.
     """
     adds = any(t.of == 0 for step in plan.steps for t in step.collects)
     home = _new(Pair(k, v), compute_dtype(k.dtype) if adds else k.dtype)
@@ -100,11 +100,10 @@ def backward(
     calls = _Calls(plan, kernel, dout, q, terms, score, scale, dcaptures, options, apart)
     overlaps = not apart and kernel.may_overlap and not any(d is not None for d in dcaptures)
     overlaps = overlaps and plan.has_transfers
-    halves = overlaps and adds and calls.running_q is not None and plan.steps[0].mask is not None
     lanes = Lanes(q.device)
     with lanes.ahead():
         returns = _Returns(plan, home, lanes, options)
-        walk = _Walk(plan, Pair(k, v), returns)
+        walk = _Walk(plan, Pair(k, v), lanes, returns)
         for number, step, held in walk:
             if number == 0:
                 if step.mask is None:
@@ -114,32 +113,22 @@ def backward(
                 if not overlaps:
                     calls.run(0, step, held, None if apart else home, queries=True)
                 if apart or overlaps:
-                    half = 0 if halves else None
                     with lanes.behind(start):
-                        calls.run(0, step, held, home, queries=not apart, track="behind", half=half)
+                        calls.run(0, step, held, home, queries=not apart, behind=lanes.way)
                 continue
             gradients = returns.of(number, step, held)
-            last = number == len(plan.steps) - 1
-            start = lanes.mark() if halves and last else None
             if step.mask is not None:
                 calls.run(number, step, held, gradients, queries=not apart)
-            if halves and last:
-                with lanes.behind(start):
-                    calls.run(
-                        0, plan.steps[0], Pair(k, v), home, queries=True, track="behind", half=1
-                    )
             if apart and step.mask is not None:
-                if last:
+                if number == len(plan.steps) - 1:
                     walk.post_last()  # beside dQ
                 calls.run(number, step, held, None, queries=True)
         walk.post_last()
-        if halves:  # beside the last transfer
+        if overlaps:
             lanes.meet()
-            calls.round_queries()
+        calls.round_queries()  # beside the last transfer
         walk.wait()
         home = returns.all_added(k.dtype)
-        if not halves:
-            calls.round_queries()
     return calls.dq, *home
 
 
@@ -178,11 +167,9 @@ class _Calls:
         gradients: Pair | None,
         *,
         queries: bool,
-        track: str = "compute",
-        half: int | None = None,
+        behind: Way | None = None,
     ) -> None:
-        """One launch: dK/dV into `gradients` (or nothing of the kind), dQ if `queries`; half of
-        that."""
+        """One launch: dK/dV into `gradients` (or nothing of the kind), dQ if `queries`."""
         assert step.mask is not None
         wanted = Gradients(
             dq=self.dq if queries else None,
@@ -192,9 +179,10 @@ class _Calls:
             stage=step.stage if self.apart else None,
             running_q=self.running_q,
             beside=self.beside,
-            half=half,
+            behind=behind,
         )
         passes = "dQ, dK, dV" if queries and gradients else "dQ" if queries else "dK, dV"
+        track = "compute" if behind is None else "behind"
         with computing(f"backward {passes}", number, track):
             self.kernel.backward(
                 self.dout, self.q, *held, self.terms, step.mask, self.score, self.scale, wanted,
@@ -211,11 +199,14 @@ class _Walk:
     """Each step's number, the step and its K/V; meanwhile, the next exchange is under way.
 
     Args:
-        local: K/V of this rank. returns: in the backward, where dK/dV go.
+        local: K/V of this rank. lanes: what is left behind makes way for each step, and for the
+            exchange beside it. returns: in the backward, where dK/dV go.
     """
 
-    def __init__(self, plan: Plan, local: Pair, returns: _Returns | None = None) -> None:
-        self.plan, self.local, self.returns = plan, local, returns
+    def __init__(
+        self, plan: Plan, local: Pair, lanes: Lanes, returns: _Returns | None = None
+    ) -> None:
+        self.plan, self.local, self.lanes, self.returns = plan, local, lanes, returns
         self.kept = {0: local}  # K/V that is still to be sent, by step
         self.last = {t.of: number for number, step in enumerate(plan.steps) for t in step.sends}
         self.number = 0
@@ -231,6 +222,8 @@ class _Walk:
             if number in self.last:
                 self.kept[number] = held
             self.number = number
+            if number > 0:
+                self.lanes.make_way()
             self._post()
             yield number, step, held
 
@@ -244,6 +237,7 @@ class _Walk:
         """The last step's dK/dV, if they have not left."""
         if self.returns is not None and self.returns.waiting:
             self.wait()
+            self.lanes.make_way()
             self._post()
 
     def _post(self) -> None:

@@ -5,7 +5,7 @@ import torch
 
 import ringflex as rf
 from list_walks import visits
-from ringflex.kernels.block_lists import half_of, key_lists, positions, query_lists
+from ringflex.kernels.block_lists import key_lists, positions, query_lists
 
 S, BLOCK = 300, 16
 REACH = torch.tensor([3, 40, 300, 7])
@@ -68,21 +68,6 @@ def test_stretches_part_the_queries(name: str, stretches: int) -> None:
     listed = visited.view(-1, parted.blocks).gather(1, parted.order.long())
     assert not listed[:, parted.places :].any()
     assert parted.places == len(parted.work) == listed.any(0).sum()
-
-
-@pytest.mark.parametrize("stretches", [1, 3])
-@pytest.mark.parametrize("name", MASKS)
-def test_halves_part_the_rows(name: str, stretches: int) -> None:
-    """Every row that has a place is in one of them, and their work is about the same."""
-    lists = key_lists(block_mask(name), 1, CPU, descending=True, stretches=stretches)
-    halves = [half_of(lists, half) for half in (0, 1)]
-    assert halves[0].places - halves[1].places == lists.places % 2
-    for group, order in enumerate(lists.order_here):
-        rows = [r for x in halves for r in x.order_here[group, : x.places]]
-        assert all(sorted(x.order_here[group]) == list(range(lists.blocks)) for x in halves)
-        assert sorted(rows) == sorted(order[: lists.places])
-    difference = halves[0].work.sum() - halves[1].work.sum()
-    assert abs(difference) <= lists.work.max(initial=0)
 
 
 @pytest.mark.parametrize("name", MASKS)

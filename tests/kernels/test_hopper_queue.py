@@ -88,9 +88,9 @@ def test_programs_end_together(mask: str, transposed: bool, head_and_place) -> N
 def test_programs_come_to_all_tiles(tiles: int, lives: float, beside: bool) -> None:
     """`lives`: what a tile takes of what a program may."""
     at_once = multiprocessors(CPU)
-    programs, quota, spread = queue(tiles, lives * tiles * LIFE, CPU, beside, LIFE)
+    programs, quota, spread, _, waves = queue(tiles, lives * tiles * LIFE, CPU, beside, LIFE)
     quotas = quota + np.arange(programs) % spread
-    assert quotas.sum() >= tiles
+    assert quotas.sum() >= tiles and waves == 1
     mean = max(1, round(1 / max(lives, 1e-9)))
     if not beside or tiles <= 2 * mean * at_once:
         assert programs == min(tiles, at_once)
@@ -102,11 +102,24 @@ def test_programs_come_to_all_tiles(tiles: int, lives: float, beside: bool) -> N
         assert quotas.max() <= 2 * mean + 1 and len(set(quotas[:at_once])) >= min(spread, at_once)
 
 
-@pytest.mark.parametrize("tiles", [1, 500, 600, 3_000, 50_000])
-def test_generations_of_a_short_launch(tiles: int) -> None:
-    """Programs end early also where the whole launch is short, but take a tile at least."""
+@pytest.mark.parametrize("told", [0, 1, 2, 3, 9])
+@pytest.mark.parametrize("tiles", [1, 131, 133, 300, 527, 528, 3_000])
+def test_programs_make_way_and_leave_nothing(
+    tiles: int, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are told at once, which is when most tiles are left for the last."""
+    device = SimpleNamespace(minimum=min, load=lambda p, volatile: p.load())
+    monkeypatch.setattr(hopper_common, "gl", device)
     at_once = multiprocessors(CPU)
-    programs, quota, spread = queue(tiles, tiles * LIFE / 1000, CPU, True, LIFE, 4)
-    quotas = quota + np.arange(programs) % spread
-    assert quotas.sum() >= tiles
-    assert quotas.mean() <= max(1, tiles / (4 * at_once))
+    programs, quota, spread, *waves = queue(tiles, 1.0, CPU, True, LIFE, makes_way=True)
+    assert programs <= min(tiles, 4 * at_once) and spread == 1 and quota >= tiles
+    counters, left, at = Pointer(np.array([0, 0, told])), tiles, [0] * programs
+    for program in range(programs):
+        device.program_id = lambda _, program=program: program
+        at[program] = 1  # which it took before it was told
+        if not hopper_common.makes_way.fn(counters, *waves):
+            at[program] = max(1, left - (programs - program - 1))
+        left -= at[program]
+    assert left <= 0
+    leaves = sum(n == 1 for n in at)
+    assert tiles < 4 * at_once or min(told, 3) * at_once <= leaves
