@@ -9,6 +9,7 @@ A kernel is a module with
     has_separate_passes(q, v, options, beside) -> bool
     may_overlap: bool
     joins: bool
+    blocks_at_once(q, block_size) -> float
 
 - `q [B, Hq, q_len, D]`, `k [B, Hkv, kv_len, D]`, `v [B, Hkv, kv_len, Dv]`: one dtype, any strides.
 - `mask`: the BlockMask over `q_len` x `kv_len`; `score`: the traced score mod, or None; `scale`.
@@ -23,6 +24,8 @@ A kernel is a module with
 - `behind`: a `Way` that its programs make, when told to, for other launches; or None.
 - `more`: K and V that follow k and v, as the mask counts its blocks; whole blocks of both.
 - `joins`: whether `forward` with `more` is cheaper than merging; if not, it copies k and v to join.
+- `blocks_at_once`: how many blocks of queries, of one head each, `forward` computes at a time; 1
+  where that makes no difference.
 - `row_terms` turns the **global** out, lse and their gradients into what `backward` needs of each
   query, once for all steps: among it `delta = dout . out - dlse`, `[B, Hq, q_len or more]`.
   `apart`: what `has_separate_passes` said.

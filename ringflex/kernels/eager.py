@@ -136,6 +136,11 @@ def row_terms(
     return RowTerms(lse, delta)
 
 
+def blocks_at_once(q: Tensor, block_size: int) -> float:
+    """See `contract`."""
+    return 1.0
+
+
 def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions, beside: bool) -> bool:
     """See `contract`."""
     return False

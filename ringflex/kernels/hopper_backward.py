@@ -35,6 +35,7 @@ from ringflex.kernels.hopper_common import (
     end,
     head_and_place,
     makes_way,
+    quota,
     read_word,
     take,
     write_word,
@@ -112,18 +113,11 @@ def _produce(
     heads, group, members, places, row_stride_b, row_stride_h = shape[:6]
     order_stride_b, order_stride_h, blocks, kv_stride_b, together, units, sections = shape[6:13]
     total = units * places * TILES_N
-    left = shape[13] + gl.program_id(0) % shape[14]
-    at_once, waves = shape[15], shape[16]
-    stays = gl.program_id(0) // at_once >= waves - 1
+    left = quota(sections)
     work = take(counters)
     loaded = gl.to_tensor(0)
     given = gl.to_tensor(0)
     while work < total:
-        left -= 1
-        upcoming = total
-        if left > 0:
-            if stays:  # others take the next one later, as tiles are long
-                upcoming = take(counters)
         unit, place = head_and_place(work, together, units, sections)
         first = unit * members
         b, first_h = first // heads, first % heads
@@ -174,9 +168,10 @@ def _produce(
                     gl.load(of_head + 2), gl.load(of_head + 3) * TILES_M, runs, q_starts,
                     padded_len, False, BLOCK_M, TILES_M, STAGES,
                 )  # fmt: skip
-        work = upcoming
-        if not stays:
-            if not makes_way(counters, at_once, waves):
+        left -= 1
+        work = gl.to_tensor(total)
+        if left > 0:
+            if not makes_way(counters, sections):  # asked as late as can be: tiles are long
                 work = take(counters)
     end(queue, given)
 
@@ -396,7 +391,7 @@ def _write(
     do_not_specialize=[
         "kv_len", "q_limit", "kv_limit", "padded_len", "heads", "group", "members", "places",
         "row_stride_b", "row_stride_h", "order_stride_b", "order_stride_h", "blocks", "kv_stride_b",
-        "together", "units", "quota", "spread", "at_once", "waves",
+        "together", "units",
     ]
 )  # fmt: skip
 def hopper_backward_kernel(
@@ -404,14 +399,14 @@ def hopper_backward_kernel(
     rows, runs, order, q_starts, kv_starts, mask_tables,
     kv_len, q_limit, kv_limit, padded_len, heads, group, members, places,
     row_stride_b, row_stride_h, order_stride_b, order_stride_h, blocks, kv_stride_b, together,
-    units, sections, quota, spread, at_once, waves,
+    units, sections,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
     PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr, APART: gl.constexpr, SCALED: gl.constexpr,
     BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: `(programs,)`; program i takes up to `quota + i % spread` tiles.
+    """Grid: `(programs,)`.
 
     q, dout: descriptors of `[1, 1, BLOCK_M, padded dim]`. k, v: of `[1, 1, 64, padded dim]`.
     lse, delta: the row terms, flat, by descriptors of `[BLOCK_M]`. dq: fp32, contiguous, zeros at
@@ -460,8 +455,7 @@ def hopper_backward_kernel(
     lengths = (kv_len, q_limit, kv_limit)
     shape = (
         heads, group, members, places, row_stride_b, row_stride_h, order_stride_b,
-        order_stride_h, blocks, kv_stride_b, together, units, sections, quota, spread, at_once,
-        waves,
+        order_stride_h, blocks, kv_stride_b, together, units, sections,
     )  # fmt: skip
     # Both times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(

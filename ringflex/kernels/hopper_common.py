@@ -53,11 +53,17 @@ def take(counters):
 
 
 @gluon.jit
-def makes_way(counters, at_once, waves):
-    """Whether a program is to end, for launches that wait. Of `waves` of programs that run at once,
-    each time that it is told one more; never the last."""
-    told = gl.load(counters + 2, volatile=True)
-    return gl.program_id(0) // at_once < gl.minimum(told, waves - 1)
+def quota(sections):
+    """How many tiles a program may take; see `hopper_launch.Programs`."""
+    return gl.load(sections - 4) + gl.program_id(0) % gl.load(sections - 3)
+
+
+@gluon.jit
+def makes_way(counters, sections):
+    """Whether a program is to end, for launches that wait: each time that they are told, those of
+    one wave more, but never of the last."""
+    told, waves = gl.load(counters + 2, volatile=True), gl.load(sections - 2)
+    return gl.program_id(0) * waves < gl.minimum(told, waves - 1) * gl.num_programs(0)
 
 
 @gluon.jit

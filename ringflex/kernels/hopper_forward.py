@@ -329,15 +329,14 @@ def _write(
     do_not_specialize=[
         "q_len", "q_limit", "kv_limit", "heads", "group", "blocks",
         "row_stride_b", "row_stride_h", "kv_stride_b", "together", "total_heads",
-        "quota", "spread", "at_once", "waves", "split",
+        "split",
     ]
 )  # fmt: skip
 def hopper_forward_kernel(
     q, k, v, more_k, more_v, out, lse, before_out, before_lse, first_lse, counters, score_tables,
     scale, rows, runs, order, turns, q_starts, kv_starts, mask_tables,
     q_len, q_limit, kv_limit, heads, group, blocks,
-    row_stride_b, row_stride_h, kv_stride_b, together, total_heads, sections, quota,
-    spread, at_once, waves, split,
+    row_stride_b, row_stride_h, kv_stride_b, together, total_heads, sections, split,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr,
     MERGE_OUT: gl.constexpr, MERGE_LSE: gl.constexpr, IN_PLACE: gl.constexpr,
     STAGED: gl.constexpr, MERGE_FIRST: gl.constexpr,
@@ -345,13 +344,13 @@ def hopper_forward_kernel(
     D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr, STAGES: gl.constexpr,
     AHEAD: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: `(programs,)`; program i takes up to `quota + i % spread` tiles.
+    """Grid: `(programs,)`.
 
     q, k, v: descriptors of `[1, 1, 64 or BLOCK_N, padded dim]`. counters: int32 `[3]`, zeros
     before and after. more_k, more_v: as k, v, what follows their `split` rows, or all three None.
-    together, total_heads, sections: see `head_and_place`. AHEAD: shared memory
-    is left to load the next tile's queries while a tile is computed, and to write whole rows. The
-    rest as in `triton_forward.forward_kernel`.
+    together, total_heads, sections: see `head_and_place`, and `hopper_launch.Programs`. AHEAD:
+    shared memory is left to load the next tile's queries while a tile is computed, and to write
+    whole rows. The rest as in `triton_forward.forward_kernel`.
     """
     Q_STAGES: gl.constexpr = 2 if AHEAD else 1
     QUERIES: gl.constexpr = Q_STAGES * GROUPS
@@ -392,7 +391,7 @@ def hopper_forward_kernel(
     lengths = (q_len, q_limit, kv_limit)
     shape = (
         heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b, together, total_heads,
-        sections, quota, spread, at_once, waves,
+        sections,
     )  # fmt: skip
     # Both times anew: in a variable, constants of a tuple would become run-time values.
     gl.warp_specialize(

@@ -47,7 +47,8 @@ from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.traced_mod import TracedMod
 
 __all__ = [
-    "backward", "forward", "has_separate_passes", "joins", "may_overlap", "row_terms",
+    "backward", "blocks_at_once", "forward", "has_separate_passes", "joins", "may_overlap",
+    "row_terms",
 ]  # fmt: skip
 
 may_overlap = True  # see `contract`
@@ -108,23 +109,23 @@ def forward(
         lists = query_lists(mask, q.device, stage)
         tiles_m, tiles_n = mask.block_size[0] // _STAYS, mask.block_size[1] // block_n
         heads = setup.batch * setup.heads
-        lists, sections = in_sections(lists, tiles_m, heads, q.device, backwards=True)
         stages = 4 if max(D, Dv) <= 64 else 2
         ahead = _ahead(setup, lists, alone=score_function is None and not merge.staged)
         per_block = _STAYS * mask.block_size[1] * 2 * (D + Dv)  # FLOP
         flops = float(lists.work.sum()) * heads * tiles_m * per_block
-        programs, *quota = queue(
+        programs = queue(
             heads * lists.places * tiles_m, flops, q.device, beside, _FORWARD_LIFE,
             makes_way=behind is not None,
         )  # fmt: skip
+        lists, sections = in_sections(lists, tiles_m, heads, q.device, programs, backwards=True)
         ready = Prepared(
             hopper_forward_kernel,
-            (programs, 1, 1),
+            (programs.number, 1, 1),
             (
                 *setup.query_lists(lists, stage), setup.mask_mod.tables,
                 setup.lengths[0], *setup.lengths[2:], setup.heads, setup.group, lists.places,
                 *setup.row_strides(lists), setup.kv_stride,
-                setup.group, heads, sections, *quota, k.shape[2] if more else None,
+                setup.group, heads, sections, k.shape[2] if more else None,
             ),
             (
                 setup.mask_mod.function, score_function, setup.has_partial(lists),
@@ -174,6 +175,11 @@ def row_terms(
     return triton_kernel.row_terms(
         dout, out, lse, dlse, q, mask, score, scale, options, apart, factor
     )
+
+
+def blocks_at_once(q: Tensor, block_size: int) -> float:
+    """See `contract`."""
+    return multiprocessors(q.device) * _STAYS / block_size
 
 
 def has_separate_passes(q: Tensor, v: Tensor, options: KernelOptions, beside: bool) -> bool:
@@ -243,22 +249,22 @@ def backward(
         if apart and stretches == 1 and not g.beside:
             tail = tail_of(lists, units * tiles_n, q.device)
             lists = lists if tail is None else keys_in_pieces(mask, lists, tail, q.device)
-        lists, sections = in_sections(lists, tiles_n, units, q.device, backwards=False)
-        programs, *quota = queue(
+        programs = queue(
             units * lists.places * tiles_n, _backward_flops(setup, lists), q.device, beside,
             _BACKWARD_LIFE, makes_way=behind is not None,
         )  # fmt: skip
+        lists, sections = in_sections(lists, tiles_n, units, q.device, programs, backwards=False)
         score_gradient = None
         if mod is not None:
             score_gradient = mod.gradient(wanted or [False] * len(mod.tables))
         ready = Prepared(
             hopper_backward_kernel,
-            (programs, 1, 1),
+            (programs.number, 1, 1),
             (
                 *setup.key_lists(lists), setup.mask_mod.tables, *setup.lengths[1:],
                 terms.delta.shape[2], setup.heads, setup.group, members, lists.places,
                 *setup.row_strides(lists), *setup.order_strides(lists, setup.heads // members),
-                mask.kv_blocks, setup.kv_stride, 1, units, sections, *quota,
+                mask.kv_blocks, setup.kv_stride, 1, units, sections,
             ),
             (
                 setup.mask_mod.function, score_function, score_gradient, ADD.value,

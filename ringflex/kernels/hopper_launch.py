@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ringflex.kernels.device_arrays import to_device
 
 _COUNTERS = 2048  # launches that may be under way at once
 _WAVES = 4  # of programs of a launch that makes way for others
+_ALL = 1 << 30  # tiles
 _SHORT = 2e10  # FLOP of a launch, for each multiprocessor: about 4 ms
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 _FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
@@ -43,10 +45,27 @@ def _descriptor(x: Tensor, block: list[int], layout: gl.NVMMASharedLayout) -> Te
     return descriptor
 
 
+class Programs(NamedTuple):
+    """Of a launch: how many, and how many tiles each may take: program i, `quota` + i modulo
+    `spread`. In how many waves they leave when they are told to (`hopper_common.makes_way`)."""
+
+    number: int
+    quota: int = _ALL
+    spread: int = 1
+    waves: int = 1
+
+
 def in_sections(
-    lists: BlockLists, tiles: int, heads: int, device: torch.device, *, backwards: bool
+    lists: BlockLists,
+    tiles: int,
+    heads: int,
+    device: torch.device,
+    programs: Programs,
+    *,
+    backwards: bool,
 ) -> tuple[BlockLists, Tensor]:
-    """Lists in the order of the queue, and the places where its sections end (tiles; int32).
+    """Lists in the order of the queue, and the places where its sections end (tiles; int32); in
+    memory, `quota`, `spread`, `waves` and a number more come before these.
 
     Most rows come first, in the order of the sequence: neighbours read the same, while it is in
     the L2 cache. Of those that remain, as much work as the longest row is for all multiprocessors,
@@ -69,10 +88,11 @@ def in_sections(
         section = np.sort(order[:, begin:end], axis=1)
         order[:, begin:end] = section[:, ::-1] if backwards else section
     aligned = -order.size % 4  # to 16 bytes
-    both = np.r_[order.ravel(), np.zeros(aligned, dtype=np.int64), ends * tiles]
+    aside = np.zeros(aligned, dtype=np.int64)
+    both = np.r_[order.ravel(), aside, programs[1:], 0, ends * tiles]
     moved = to_device(both.astype(np.int32), device)
     lists = lists._replace(order=moved[: order.size].view(order.shape), order_here=order)
-    return lists, moved[order.size + aligned :]
+    return lists, moved[order.size + aligned + 4 :]
 
 
 def queue(
@@ -82,10 +102,8 @@ def queue(
     beside: bool,
     life: float,
     makes_way: bool = False,
-) -> tuple[int, int, int, int, int]:
-    """How many programs to launch, and how many tiles each may take: of program i, the second
-    number + i modulo the third. Then how many run at once, and in how many waves (see
-    `hopper_common.makes_way`).
+) -> Programs:
+    """What programs to launch.
 
     Args:
         tiles, flops: in all.
@@ -97,18 +115,17 @@ def queue(
     """
     at_once = multiprocessors(device)
     if makes_way:
-        waves = max(1, min(_WAVES, -(-tiles // at_once)))
-        return min(tiles, waves * at_once), 1 << 30, 1, at_once, waves
+        return Programs(_WAVES * at_once, waves=_WAVES)
     mean = max(1, round(life * tiles / max(flops, 1.0)))
     if not beside or tiles <= 2 * mean * at_once:
-        return min(tiles, at_once), 1 << 30, 1, at_once, 1
+        return Programs(min(tiles, at_once))
     if mean == 1:
-        return tiles, 1, 1, at_once, 1
+        return Programs(tiles, quota=1)
     spread = 2 * mean - 1
     # With programs to spare, so that none must take more in the end than others.
     rounds, rest = divmod(tiles + at_once * mean, mean * spread)
     more = int(np.searchsorted(np.cumsum(np.arange(1, spread + 1)), rest)) + 1
-    return rounds * spread + more, 1, spread, at_once, 1
+    return Programs(rounds * spread + more, quota=1, spread=spread)
 
 
 def is_short(flops: float, device: torch.device) -> bool:

@@ -14,6 +14,7 @@ from ringflex.kernels.hopper_common import (
     end,
     head_and_place,
     makes_way,
+    quota,
     take,
     write_word,
 )
@@ -109,8 +110,7 @@ def produce(
     heads, group, blocks, row_stride_b, row_stride_h, kv_stride_b = shape[:6]
     together, total_heads, sections = shape[6:9]
     total = total_heads * blocks * TILES_M
-    left = shape[9] + gl.program_id(0) % shape[10]
-    at_once, waves = shape[11], shape[12]
+    left = quota(sections)
     work = take(counters)
     upcoming = gl.to_tensor(total)
     entry = gl.to_tensor(-1)  # of what was reported, if that is being computed again
@@ -125,7 +125,7 @@ def produce(
             left -= 1
             upcoming = total
             if left > 0:
-                if not makes_way(counters, at_once, waves):
+                if not makes_way(counters, sections):
                     upcoming = take(counters)
         else:
             how = (1 << entry // FAILURES) | RUNNING

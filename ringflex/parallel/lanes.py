@@ -29,7 +29,7 @@ class Lanes:
     def __init__(self, device: torch.device) -> None:
         self._own = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._left: torch.cuda.Event | None = None
-        self.way = Way()  # through what is left behind
+        self._ways: list[Way] = []
         self._asked = 0
 
     @contextmanager
@@ -52,24 +52,28 @@ class Lanes:
         return None if self._own is None else torch.cuda.current_stream().record_event()
 
     @contextmanager
-    def behind(self, after: torch.cuda.Event | None) -> Iterator[None]:
+    def behind(self, after: torch.cuda.Event | None) -> Iterator[Way]:
         """Inside `ahead`: what is launched inside waits for nothing of `ahead` that came later than
-        `after`, so it must use nothing of that."""
+        `after`, so it must use nothing of that. Given is the way that it is to make for others."""
+        way = Way()
+        self._ways.append(way)
         if self._own is None:
-            yield
+            yield way
             return
         assert after is not None
         self._own.wait_event(after)
         with torch.cuda.stream(self._own):
-            yield
+            yield way
         self._left = self._own.record_event()
 
     def make_way(self) -> None:
-        """Inside `ahead`: what is left behind ends where it is, to go on behind what is launched,
+        """Inside `ahead`: what was left behind ends where it is, to go on behind what is launched,
         and transferred, from now on."""
-        if self.way.word is not None and self._asked < _MOST:
+        words = [way.word for way in self._ways if way.word is not None]
+        if words and self._asked < _MOST:
             self._asked += 1
-            self.way.word.copy_(_numbers()[self._asked], non_blocking=True)
+            for word in words:
+                word.copy_(_numbers()[self._asked], non_blocking=True)
 
     @property
     def meeting(self) -> bool:

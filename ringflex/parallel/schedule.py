@@ -41,10 +41,13 @@ def forward(
 ) -> None:
     """Attention over all K/V of the plan, merged with `before`, to `after`; see the contract.
 
-    On a GPU, queries that see only local K/V are left behind the rest (see `lanes`).
+    On a GPU, queries that see only local K/V are left behind the rest (see `lanes`), and in the
+    last step those that merge with nothing.
     """
     assert after.out is not None
-    home, (computes, apart, merge) = Pair(k, v), launches(plan, kernel.joins)
+    at_once = kernel.blocks_at_once(q, plan.layout.block_size) / (q.shape[0] * q.shape[1])
+    computes, apart, merge = launches(plan, kernel.joins, at_once)
+    home, last = Pair(k, v), len(plan.steps) - 1
     running, lanes = None, Lanes(q.device)
     if not any(step.mask is not None for step in plan.steps):
         after.out.zero_()
@@ -55,24 +58,23 @@ def forward(
     elif merge:
         running = after.in_between()
 
-    def launch(number: int, held: Pair, what: Launch, track: str = "compute") -> None:
+    def launch(number: int, held: Pair, what: Launch, behind: Way | None = None) -> None:
         if what.mask is not None:
-            with computing("forward", number, track):
+            with computing("forward", number, "compute" if behind is None else "behind"):
                 kernel.forward(
                     q, *held, what.mask, score, scale, before, after, options, what.stage, running,
-                    plan.has_transfers, home if what.more else None,
-                    lanes.way if track == "behind" else None,
+                    plan.has_transfers, home if what.more else None, behind,
                 )  # fmt: skip
 
-    with lanes.ahead() if apart.mask is not None else nullcontext():
+    with lanes.ahead() if any(what.mask is not None for what in apart) else nullcontext():
         for number, _, held in _Walk(plan, home, lanes):
-            if number > 0 or apart.mask is None:
-                launch(number, held, computes[number])
-                continue
-            start = lanes.mark()
-            launch(0, home, computes[0])
-            with lanes.behind(start):
-                launch(0, home, apart, track="behind")
+            left = apart[number != 0] if number in (0, last) else None
+            if left is not None and left.mask is not None:
+                with lanes.behind(lanes.mark()) as way:
+                    launch(number, held, left, way)
+                if computes[number].mask is not None:
+                    lanes.make_way()
+            launch(number, held, computes[number])
 
 
 def backward(
@@ -113,8 +115,8 @@ def backward(
                 if not overlaps:
                     calls.run(0, step, held, None if apart else home, queries=True)
                 if apart or overlaps:
-                    with lanes.behind(start):
-                        calls.run(0, step, held, home, queries=not apart, behind=lanes.way)
+                    with lanes.behind(start) as way:
+                        calls.run(0, step, held, home, queries=not apart, behind=way)
                 continue
             gradients = returns.of(number, step, held)
             if step.mask is not None:
@@ -217,13 +219,13 @@ class _Walk:
         for number, step in enumerate(self.plan.steps):
             held = self.local
             self.wait()
+            if number > 0:
+                self.lanes.make_way()
             if self.arriving is not None:
                 held = self.arriving.unpack(self.local, step.width)
             if number in self.last:
                 self.kept[number] = held
             self.number = number
-            if number > 0:
-                self.lanes.make_way()
             self._post()
             yield number, step, held
 

@@ -7,11 +7,13 @@ that it waits for, the local K/V follow those that arrived. Enough is left to co
 on its way. Of the forward only: a backward walks the queries of each key.
 
 Blocks that see nothing but local K/V are computed *apart*: nothing waits for them, so they may run
-wherever other launches leave room.
+wherever other launches leave room. So are those that the last step computes in one go, if it has to
+merge others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
@@ -56,53 +58,68 @@ class Launches(NamedTuple):
 
     Attributes:
         steps: in each step, when its K/V is there.
-        apart: of the local step, what nothing waits for; if there are other steps.
+        apart: of the local step, and of the last one, what nothing waits for and merges with
+            nothing; if there are other steps.
         merge: whether one of `steps` merges.
     """
 
     steps: tuple[Launch, ...]
-    apart: Launch
+    apart: tuple[Launch, Launch]
     merge: bool
 
     @classmethod
-    def of(cls, steps: Iterable[Launch], apart: Launch = _NOTHING) -> Launches:
+    def of(
+        cls, steps: Iterable[Launch], apart: Launch = _NOTHING, last: Launch = _NOTHING
+    ) -> Launches:
         steps = tuple(steps)
-        return cls(steps, apart, any(launch.merges for launch in steps))
+        return cls(steps, (apart, last), any(launch.merges for launch in steps))
 
 
-def launches(plan: Plan, joins: bool) -> Launches:
+def launches(plan: Plan, joins: bool, at_once: float = 1.0) -> Launches:
     """Those of a plan. Kept with it, unless they are just its steps: a mask for one GPU would keep
     itself.
 
-    joins: a launch may read the K/V of a buffer and the local ones.
+    Args:
+        joins: a launch may read the K/V of a buffer and the local ones.
+        at_once: so many blocks of queries, of every head, are computed at a time.
     """
     first = plan.steps[0]
     if first.mask is None or first.stage is None:
         return Launches.of(Launch(step.mask, step.stage) for step in plan.steps)
-    key = "launches", joins
+    key = "launches", joins, at_once
     if key not in plan.cache:
-        plan.cache[key] = _launches(plan, first.mask, first.stage, joins)
+        plan.cache[key] = _launches(plan, first.mask, first.stage, joins, at_once)
     found: Launches = plan.cache[key]
     return found
 
 
-def _launches(plan: Plan, first: BlockMask, stage: Stage, joins: bool) -> Launches:
+def _launches(plan: Plan, first: BlockMask, stage: Stage, joins: bool, at_once: float) -> Launches:
     made = [Launch(step.mask, step.stage) for step in plan.steps]
     waits = np.zeros(stage.turns.size, dtype=np.int64)
+    last = _NOTHING
     if joins:
-        waits = _waiting(plan, first, stage)  # for which step; 0: for none
+        waits = _waiting(plan, first, stage, at_once * first.B * first.H)
         for number in sorted(set(waits) - {0}):
             made[number] = _with_local(plan.steps[number], first, waits == number)
+        mask, ending, more = made[-1]
+        if mask is not None and ending is not None and ending.merges:
+            whole = _apart(ending)
+            last, made[-1] = (
+                _without(mask, ending, ~whole, more),
+                _without(mask, ending, whole, more),
+            )
     apart = _apart(stage)
     made[0] = _without(first, stage, apart | (waits > 0))
-    return Launches.of(made, _without(first, stage, ~apart))
+    return Launches.of(made, _without(first, stage, ~apart), last)
 
 
-def _waiting(plan: Plan, first: BlockMask, stage: Stage) -> Array:
-    """For each row of the local mask, the step that it may wait for; int64.
+def _waiting(plan: Plan, first: BlockMask, stage: Stage, at_once: float) -> Array:
+    """For each row of the local mask, the step that it may wait for, or 0; int64.
 
     Rows that see others' K/V may, for the first of it; those with the fewest local blocks before
-    others. What is left hides the transfer, with what is apart. If that alone does, none is left.
+    others. What is left hides the transfer, with what is apart. If that alone does, none is left;
+    if not, as many rows as are computed `at_once`, or twice as many, and so on: fewer would take
+    as long.
     """
     sees = np.zeros((len(plan.steps), stage.turns.size), dtype=bool)
     for row, step in zip(sees, plan.steps, strict=True):
@@ -115,16 +132,18 @@ def _waiting(plan: Plan, first: BlockMask, stage: Stage) -> Array:
     order = order[waits[order] > 0]
     total = int(work.sum())
     hides = _HIDDEN * first.H * _on_its_way(plan)
-    chosen = order[np.cumsum(work[order]) <= total - hides]
+    left = order.size - int(np.count_nonzero(np.cumsum(work[order]) <= total - hides))
     if work[_apart(stage)].sum() < hides:
-        chosen = chosen[: max(0, order.size - int(_FREE * total / _MERGE))]
+        left = max(left, int(_FREE * total / _MERGE))
+    left = int(math.ceil(left / at_once) * at_once)
+    chosen = order[: max(0, order.size - left)]
     kept = np.zeros_like(waits)
     kept[chosen] = waits[chosen]
     return kept
 
 
 def _apart(stage: Stage) -> Array:
-    """Rows of the local step that see no other K/V, bool."""
+    """Rows that see no K/V but that of one step, bool."""
     both: Array = stage.turns.reshape(-1) & (BEGINS | ENDS) == BEGINS | ENDS
     return both
 
@@ -140,7 +159,7 @@ def _on_its_way(plan: Plan) -> float:
     return max(costs.near * near, costs.far * far)
 
 
-def _without(mask: BlockMask, stage: Stage, rows: Array) -> Launch:
+def _without(mask: BlockMask, stage: Stage, rows: Array, more: bool = False) -> Launch:
     def select(runs: Runs) -> Runs:
         stay = ~rows[runs.row]
         return Runs.from_pieces(runs.row[stay], runs.start[stay], runs.end[stay], runs.rows)
@@ -149,7 +168,7 @@ def _without(mask: BlockMask, stage: Stage, rows: Array) -> Launch:
     if not turns.any():
         return _NOTHING
     mask = replace(mask, full=select(mask.full), partial=select(mask.partial), cache={})
-    return Launch(mask, replace(stage, turns=turns, cache={}))
+    return Launch(mask, replace(stage, turns=turns, cache={}), more)
 
 
 def _with_local(step: Step, first: BlockMask, rows: Array) -> Launch:

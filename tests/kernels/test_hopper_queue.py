@@ -10,7 +10,7 @@ import torch
 import ringflex as rf
 from ringflex.kernels import hopper_common
 from ringflex.kernels.block_lists import key_lists, query_lists
-from ringflex.kernels.hopper_launch import in_sections, multiprocessors, queue
+from ringflex.kernels.hopper_launch import Programs, in_sections, multiprocessors, queue
 
 CPU = torch.device("cpu")
 LIFE = 1e10
@@ -22,6 +22,9 @@ class Pointer:
 
     def __add__(self, step: int) -> "Pointer":
         return Pointer(self.values, self.at + step)
+
+    def __sub__(self, step: int) -> "Pointer":
+        return Pointer(self.values, self.at - step)
 
     def load(self) -> int:
         return int(self.values[self.at])
@@ -65,7 +68,11 @@ def test_programs_end_together(mask: str, transposed: bool, head_and_place) -> N
     block_mask = rf.create_block_mask(mod, None, None, S, S)
     make = key_lists if transposed else lambda mask, groups, device: query_lists(mask, device)
     before = make(block_mask, 1, CPU)
-    lists, sections = in_sections(before, tiles, heads, CPU, backwards=not transposed)
+    lists, sections = in_sections(
+        before, tiles, heads, CPU, Programs(7, 5, 6, 3), backwards=not transposed
+    )
+    numbers = sections.as_strided((4,), (1,), sections.storage_offset() - 4)
+    assert numbers.tolist() == [5, 6, 3, 0] and sections.data_ptr() % 16 == 0
     assert sections[-1] == lists.blocks * tiles and (sections.diff() > 0).all()
     order = lists.order[0].long()
     assert order.sort().values.equal(torch.arange(lists.blocks))
@@ -88,7 +95,7 @@ def test_programs_end_together(mask: str, transposed: bool, head_and_place) -> N
 def test_programs_come_to_all_tiles(tiles: int, lives: float, beside: bool) -> None:
     """`lives`: what a tile takes of what a program may."""
     at_once = multiprocessors(CPU)
-    programs, quota, spread, _, waves = queue(tiles, lives * tiles * LIFE, CPU, beside, LIFE)
+    programs, quota, spread, waves = queue(tiles, lives * tiles * LIFE, CPU, beside, LIFE)
     quotas = quota + np.arange(programs) % spread
     assert quotas.sum() >= tiles and waves == 1
     mean = max(1, round(1 / max(lives, 1e-9)))
@@ -103,23 +110,33 @@ def test_programs_come_to_all_tiles(tiles: int, lives: float, beside: bool) -> N
 
 
 @pytest.mark.parametrize("told", [0, 1, 2, 3, 9])
-@pytest.mark.parametrize("tiles", [1, 131, 133, 300, 527, 528, 3_000])
-def test_programs_make_way_and_leave_nothing(
-    tiles: int, told: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All are told at once, which is when most tiles are left for the last."""
-    device = SimpleNamespace(minimum=min, load=lambda p, volatile: p.load())
-    monkeypatch.setattr(hopper_common, "gl", device)
+@pytest.mark.parametrize("tiles", [1, 131, 528, 3_000])
+def test_programs_make_way(tiles: int, told: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as run at once, each time that they are told, but never the last of them."""
     at_once = multiprocessors(CPU)
-    programs, quota, spread, *waves = queue(tiles, 1.0, CPU, True, LIFE, makes_way=True)
-    assert programs <= min(tiles, 4 * at_once) and spread == 1 and quota >= tiles
-    counters, left, at = Pointer(np.array([0, 0, told])), tiles, [0] * programs
-    for program in range(programs):
+    programs = queue(tiles, 1.0, CPU, True, LIFE, makes_way=True)
+    assert programs == (4 * at_once, 1 << 30, 1, 4)
+    device = SimpleNamespace(
+        minimum=min, load=lambda p, volatile=False: p.load(), num_programs=lambda _: programs.number
+    )
+    monkeypatch.setattr(hopper_common, "gl", device)
+    counters, sections = Pointer(np.array([0, 0, told])), Pointer(np.array([*programs[1:], 0]), 4)
+    leave = []
+    for program in range(programs.number):
         device.program_id = lambda _, program=program: program
-        at[program] = 1  # which it took before it was told
-        if not hopper_common.makes_way.fn(counters, *waves):
-            at[program] = max(1, left - (programs - program - 1))
-        left -= at[program]
-    assert left <= 0
-    leaves = sum(n == 1 for n in at)
-    assert tiles < 4 * at_once or min(told, 3) * at_once <= leaves
+        leave.append(hopper_common.makes_way.fn(counters, sections))
+        assert hopper_common.quota.fn(sections) >= tiles
+    assert leave == [i < min(told, 3) * at_once for i in range(programs.number)]
+
+
+def test_others_never_make_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a number is left from a launch before."""
+    programs = queue(50_000, 50_000 * LIFE / 9, CPU, True, LIFE)
+    assert programs.waves == 1 and programs.spread > 1
+    device = SimpleNamespace(
+        minimum=min, load=lambda p, volatile=False: p.load(),
+        num_programs=lambda _: programs.number, program_id=lambda _: 0,
+    )  # fmt: skip
+    monkeypatch.setattr(hopper_common, "gl", device)
+    sections = Pointer(np.array([*programs[1:], 0]), 4)
+    assert not hopper_common.makes_way.fn(Pointer(np.array([0, 0, 5])), sections)

@@ -9,7 +9,7 @@ import torch
 import ringflex as rf
 from list_walks import visits
 from ringflex.kernels.block_lists import BlockLists, key_lists
-from ringflex.kernels.hopper_launch import in_sections, multiprocessors
+from ringflex.kernels.hopper_launch import Programs, in_sections, multiprocessors
 from ringflex.kernels.pieces import Tail, keys_in_pieces, tail_of
 
 CPU = torch.device("cpu")
@@ -55,9 +55,8 @@ def test_pieces_make_the_row(name: str, tail: Tail) -> None:
 
 def test_every_piece_has_its_place() -> None:
     mask = rf.create_block_mask(rf.full(), None, None, S, S, BLOCK_SIZE=BLOCK)
-    lists, _ = in_sections(
-        keys_in_pieces(mask, of_keys(mask), Tail(3, 4), CPU), 1, 4, CPU, backwards=False
-    )
+    lists = keys_in_pieces(mask, of_keys(mask), Tail(3, 4), CPU)
+    lists, _ = in_sections(lists, 1, 4, CPU, Programs(1), backwards=False)
     assert lists.places == S // BLOCK - 3 + 3 * 4
     rows = lists.order_here[0, : lists.places]
     assert all(seen(lists, int(row)) for row in rows) and len(set(rows)) == lists.places

@@ -1,6 +1,7 @@
 """Many ranks, simulated in one process: the error does not grow with their number."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from attention_cases import (
     tensors,
 )
 from ringflex.kernels import eager, triton_kernel
-from ringflex.kernels.contract import KernelOptions
+from ringflex.kernels.contract import KernelOptions, Way
+from ringflex.parallel import lanes
 from ringflex.parallel.lanes import Lanes
 from ringflex.reference import Reference, reference_attention_with_gradients
 from simulated_ranks import run_ranks
@@ -157,6 +159,37 @@ def test_two_lanes_compute_the_same(
     assert len(set(met)) == world_size
     for name, x in two.items():
         torch.testing.assert_close(x, one[name], rtol=0, atol=5e-3 if NATIVE else 1e-5)
+
+
+def test_what_is_left_behind_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every launch that is left behind: for each later step, in the forward also for the rest of
+    its own, and in the backward for the last dK/dV, of which the first rank makes none."""
+    world_size, told = 3, {"forward": list[Tensor](), "backward": list[Tensor]()}
+
+    def leave(way: Way | None, kind: str) -> None:
+        if way is not None:
+            way.word = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+            told[kind].append(way.word)
+
+    def forward(*given: Any) -> None:
+        leave(given[-1], "forward")
+        eager.forward(*given)
+
+    def backward(*given: Any) -> None:
+        leave(given[8].behind, "backward")
+        eager.backward(*given)
+
+    monkeypatch.setattr(lanes, "_numbers", lambda: list(torch.arange(9, dtype=torch.int32)))
+    kernel = SimpleNamespace(**vars(eager) | {"forward": forward, "backward": backward})
+    monkeypatch.setattr(kernel, "may_overlap", True)
+    monkeypatch.setattr(kernel, "has_separate_passes", lambda *_: False)
+    case = Case(mask="causal", seq_len=240, B=1, block_size=16, dtype=torch.float32)
+    found = without_sinks(simulate(case, world_size, kernel, "contiguous"))
+    exact = without_sinks(simulate(case, world_size, eager, "contiguous"))
+    for name, x in found.items():
+        torch.testing.assert_close(x, exact[name], rtol=0, atol=1e-5)
+    assert sorted(int(word) for word in told["backward"]) == [2, 3, 3]
+    assert len(told["forward"]) > world_size and all(word > 0 for word in told["forward"])
 
 
 @pytest.mark.parametrize("strategy", ["ring", "hierarchical"])

@@ -57,7 +57,7 @@ def test_the_same_blocks_in_fewer_launches(case: MaskCase, strategy: str) -> Non
             with hiding():
                 steps, apart, merge = launches(plan, True)
             assert merge == any(launch.merges for launch in steps)
-            found = [*steps, apart]
+            found = [*steps, *apart]
             assert set().union(*map(seen, found)) == set().union(*map(seen, plan.steps))
             assert sum(map(len, map(seen, found))) == sum(map(len, map(seen, plan.steps)))
             if plan.steps[0].stage is None:
@@ -72,7 +72,7 @@ def test_the_same_blocks_in_fewer_launches(case: MaskCase, strategy: str) -> Non
 
 def test_enough_is_left() -> None:
     for plan in rf.plan_all(rf.causal(), 65_536, 2):
-        steps, apart, _ = launches(plan, True)
+        steps, (apart, _), _ = launches(plan, True)
         first, rest = plan.steps[0].mask, [x.mask for x in (steps[0], apart) if x.mask is not None]
         assert first is not None and rest
         arriving = sum(t.count for t in plan.steps[1].receives)
@@ -85,7 +85,7 @@ def test_long_steps_leave_what_costs_nothing() -> None:
     """More than hides the transfer: what is apart, if there is enough, as on the first rank; or
     else merging that takes 0.2% of the local step, no more."""
     for plan in rf.plan_all(rf.causal(), 524_288, 2):
-        steps, apart, _ = launches(plan, True)
+        steps, (apart, _), _ = launches(plan, True)
         first, merged = plan.steps[0].mask, steps[0].stage
         left = sum(x.mask.visible_blocks for x in (steps[0], apart) if x.mask is not None)
         arriving = sum(t.count for t in plan.steps[1].receives)
@@ -97,9 +97,31 @@ def test_long_steps_leave_what_costs_nothing() -> None:
             assert 0 < waiting._MERGE * rows.sum() <= 0.002 * first.visible_blocks
 
 
+@pytest.mark.parametrize("at_once", [1.0, 4.125, 7.0, 1e6])
+def test_as_many_as_run_at_once(at_once: float) -> None:
+    """Of the second rank, whose rows all see the first's K/V: none are computed early, or as many
+    as take as long as those that hide the transfer. The last step merges with these only."""
+    plan = rf.plan_all(rf.causal(), 65_536, 2)[1]
+    least = launches(plan, True).steps[0].stage
+    steps, (_, last), merge = launches(plan, True, at_once)
+    early = steps[0].stage
+    assert least is not None and early is not None and merge
+    needed, rows = (np.count_nonzero(stage.turns) for stage in (least, early))
+    assert rows == min(early.turns.size, int(np.ceil(needed / at_once) * at_once))
+    merged, whole = steps[-1].stage, last.stage
+    assert merged is not None and (merged.turns[early.turns != 0] == ENDS | ACTIVE).all()
+    assert np.count_nonzero(merged.turns) == rows
+    if at_once == 1e6:
+        assert whole is None
+        return
+    assert whole is not None and whole.is_selection and last.more
+    assert ((whole.turns != 0) == (merged.turns == 0)).all()
+
+
 def test_kernels_that_cannot() -> None:
     for plan in rf.plan_all(rf.causal(), 1024, 2):
-        steps, apart, _ = launches(plan, False)
+        steps, (apart, last), _ = launches(plan, False)
+        assert last.mask is None
         for launch, step in zip(steps[1:], plan.steps[1:], strict=True):
             assert launch.mask is step.mask and launch.stage is step.stage and not launch.more
         assert seen(steps[0]) | seen(apart) == seen(plan.steps[0])
