@@ -121,13 +121,7 @@ def produce(
     previous = gl.to_tensor(0)
     while work < total:
         how = gl.to_tensor(ALL)
-        if entry < 0:
-            left -= 1
-            upcoming = total
-            if left > 0:
-                if not makes_way(counters, sections):
-                    upcoming = take(counters)
-        else:
+        if entry >= 0:
             how = (1 << entry // FAILURES) | RUNNING
             entry += 1
         head, place = head_and_place(work, together, total_heads, sections)
@@ -178,6 +172,12 @@ def produce(
                     PARTIAL or score_mod is not None, IN_ORDER, BLOCK_N, TILES_N, STAGES,
                 )  # fmt: skip
                 _load_v(v, more, v_buffers, v_full, b, kv_head, previous, loaded - 1, STAGES)
+        if entry < 0:  # asked as late as can be: who takes two may be the last to end
+            left -= 1
+            upcoming = gl.to_tensor(total)
+            if left > 0:
+                if not makes_way(counters, sections):
+                    upcoming = take(counters)
         work = upcoming
         if RETRIES:
             if entry < 0:
