@@ -43,7 +43,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,9 +74,11 @@ class Partial(NamedTuple):
 @dataclass(eq=False)
 class Way:
     """Through a launch, for others that come later: a kernel that can make room leaves a `word`
-    here, one int32 on its GPU; each time that the number in it grows, those of its programs that
-    run end with the tile in hand, and others take their place, behind what waits."""
+    here, one int32 on its GPU. When the number in it grows by `PARTS`, all of its programs that run
+    end with the tile in hand, and others take their place, behind what waits; when by less, a part
+    of them."""
 
+    PARTS: ClassVar[int] = 8
     word: Tensor | None = None
 
 

@@ -4,7 +4,7 @@ A program's producer warp takes tiles of work from a counter in global memory, n
 the other, short ones last (`hopper_launch.in_sections`), and hands them to the consumer warps with
 whatever they need to know, while these are still busy with the tile before. A program fills a
 multiprocessor: one for each takes tiles until none is left; or there are more, of a quota of tiles
-each, and between them the multiprocessor is free for others.
+each, or until they are told to make way, and between them the multiprocessor is free for others.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ringflex.kernels.contract import Way
 from ringflex.kernels.hopper_intrinsics import uniform
 
 ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # of partitions
 FOUR_WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 WORDS = gl.constexpr(8)  # of a record
 FIRST_BARRIER = gl.constexpr(5)  # of the named ones; Triton has those below
+PARTS = gl.constexpr(Way.PARTS)
 HANDOVER = gl.constexpr("288")  # threads: two warpgroups that leave a buffer, one warp to fill it
 
 
@@ -60,10 +62,11 @@ def quota(sections):
 
 @gluon.jit
 def makes_way(counters, sections):
-    """Whether a program is to end, for launches that wait: each time that they are told, those of
-    one wave more, but never of the last."""
+    """Whether a program is to end, for launches that wait: the first, as many as were told to, but
+    never the last wave of them (`contract.Way`)."""
     told, waves = gl.load(counters + 2, volatile=True), gl.load(sections - 2)
-    return gl.program_id(0) * waves < gl.minimum(told, waves - 1) * gl.num_programs(0)
+    leave = gl.minimum(told, PARTS * (waves - 1)) * gl.num_programs(0)
+    return gl.program_id(0) * waves * PARTS < leave
 
 
 @gluon.jit

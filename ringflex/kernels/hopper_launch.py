@@ -16,7 +16,7 @@ from ringflex.kernels.contract import Way
 from ringflex.kernels.device_arrays import to_device
 
 _COUNTERS = 2048  # launches that may be under way at once
-_WAVES = 4  # of programs of a launch that makes way for others
+_WAVES = 5  # of programs of a launch that makes way for others: two steps make some 18 parts leave
 _ALL = 1 << 30  # tiles
 _SHORT = 2e10  # FLOP of a launch, for each multiprocessor: about 4 ms
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}

@@ -20,7 +20,7 @@ from torch import Tensor
 from ringflex.kernels.contract import Way
 
 _PRIORITY = -1  # above that of the program's own stream; transfers are above this
-_MOST = 64  # times that a launch makes way
+_MOST = 8 * Way.PARTS  # that a launch makes way for
 
 
 class Lanes:
@@ -31,6 +31,7 @@ class Lanes:
         self._left: torch.cuda.Event | None = None
         self._ways: list[Way] = []
         self._asked = 0
+        self._aside = False  # something is on a third stream
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
@@ -46,6 +47,8 @@ class Lanes:
                 yield
         finally:
             self._own.wait_stream(stream)
+            if self._aside:
+                self._own.wait_stream(_aside_of(self._own.device_index))
 
     def mark(self) -> torch.cuda.Event | None:
         """Inside `ahead`: a point in time; None on a CPU."""
@@ -55,23 +58,25 @@ class Lanes:
     def behind(self, after: torch.cuda.Event | None) -> Iterator[Way]:
         """Inside `ahead`: what is launched inside waits for nothing of `ahead` that came later than
         `after`, so it must use nothing of that. Given is the way that it is to make for others."""
-        way = Way()
+        way, stream = Way(), self._own
         self._ways.append(way)
-        if self._own is None:
+        if stream is None:
             yield way
             return
+        if len(self._ways) > 1:  # not after the one before
+            stream, self._aside = _aside_of(stream.device_index), True
         assert after is not None
-        self._own.wait_event(after)
-        with torch.cuda.stream(self._own):
+        stream.wait_event(after)
+        with torch.cuda.stream(stream):
             yield way
-        self._left = self._own.record_event()
+        self._left = stream.record_event()
 
-    def make_way(self) -> None:
-        """Inside `ahead`: what was left behind ends where it is, to go on behind what is launched,
-        and transferred, from now on."""
+    def make_way(self, parts: int = Way.PARTS) -> None:
+        """Inside `ahead`: what was left behind, or a part of it, ends where it is, to go on behind
+        what is launched, and transferred, from now on."""
         words = [way.word for way in self._ways if way.word is not None]
-        if words and self._asked < _MOST:
-            self._asked += 1
+        if words and self._asked + parts < _MOST:
+            self._asked += parts
             for word in words:
                 word.copy_(_numbers()[self._asked], non_blocking=True)
 
@@ -89,7 +94,12 @@ class Lanes:
 
 @functools.cache
 def _numbers() -> list[Tensor]:
-    return list(torch.arange(_MOST + 1, dtype=torch.int32).pin_memory().split(1))
+    return list(torch.arange(_MOST, dtype=torch.int32).pin_memory().split(1))
+
+
+@functools.cache
+def _aside_of(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @functools.cache

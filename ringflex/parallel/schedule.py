@@ -26,6 +26,8 @@ from ringflex.parallel.steps import Step
 from ringflex.parallel.timeline import computing
 from ringflex.parallel.waiting import Launch, launches
 
+_FEW = 1  # parts of a launch, that make way for what needs little
+
 
 def forward(
     plan: Plan,
@@ -72,8 +74,8 @@ def forward(
             if left is not None and left.mask is not None:
                 with lanes.behind(lanes.mark()) as way:
                     launch(number, held, left, way)
-                if computes[number].mask is not None:
-                    lanes.make_way()
+            if computes[number].mask is not None:
+                lanes.make_way()
             launch(number, held, computes[number])
 
 
@@ -120,6 +122,7 @@ def backward(
                 continue
             gradients = returns.of(number, step, held)
             if step.mask is not None:
+                lanes.make_way()
                 calls.run(number, step, held, gradients, queries=not apart)
             if apart and step.mask is not None:
                 if number == len(plan.steps) - 1:
@@ -201,8 +204,8 @@ class _Walk:
     """Each step's number, the step and its K/V; meanwhile, the next exchange is under way.
 
     Args:
-        local: K/V of this rank. lanes: what is left behind makes way for each step, and for the
-            exchange beside it. returns: in the backward, where dK/dV go.
+        local: K/V of this rank. lanes: what is left behind makes way for an exchange, and for what
+            packs and unpacks. returns: in the backward, where dK/dV go.
     """
 
     def __init__(
@@ -220,7 +223,7 @@ class _Walk:
             held = self.local
             self.wait()
             if number > 0:
-                self.lanes.make_way()
+                self.lanes.make_way(_FEW)
             if self.arriving is not None:
                 held = self.arriving.unpack(self.local, step.width)
             if number in self.last:
@@ -239,7 +242,7 @@ class _Walk:
         """The last step's dK/dV, if they have not left."""
         if self.returns is not None and self.returns.waiting:
             self.wait()
-            self.lanes.make_way()
+            self.lanes.make_way(_FEW)
             self._post()
 
     def _post(self) -> None:

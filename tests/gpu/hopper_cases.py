@@ -116,7 +116,8 @@ def check(case: Case, strategy: str) -> None:
     """On one device, or by two ranks simulated in this process, whose results merge. In the
     backward heads of a group are apart with an odd seed, together with an even one, and by halves
     with every fifth; the queries are parted with every third seed; a row of keys, if it can be,
-    with three of four; and queries wait for K/V that arrives with an odd seed, if they can."""
+    with three of four; and queries wait for K/V that arrives with an odd seed, if they can, or some
+    of them with an even one."""
     even = 2.0 if case.seed % 2 else 0.0
     heads = hopper_kernel._heads_of_a_tile
     if case.seed % 5 == 4:
@@ -130,9 +131,9 @@ def check(case: Case, strategy: str) -> None:
 
     patches = {
         "_EVEN": even, "_MANY": 0, "_heads_of_a_tile": heads, "_stretches": stretches,
-        "tail_of": tail,
+        "tail_of": tail, "blocks_at_once": lambda q, _: float(q.shape[0] * q.shape[1]),
     }  # fmt: skip
-    hidden = 0.0 if case.seed % 2 else 1e9
+    hidden = (1e9, 0.0, 0.3, 0.0)[case.seed % 4]
     with (
         mock.patch.multiple(hopper_kernel, **patches),
         mock.patch.object(waiting, "_HIDDEN", hidden),

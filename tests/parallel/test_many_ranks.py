@@ -162,8 +162,8 @@ def test_two_lanes_compute_the_same(
 
 
 def test_what_is_left_behind_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every launch that is left behind: for each later step, in the forward also for the rest of
-    its own, and in the backward for the last dK/dV."""
+    """Of every launch that is left behind: all for each later one, in the forward also for the rest
+    of its own step, and a part of it when K/V has come, or the last dK/dV is to leave."""
     world_size, told = 3, {"forward": list[Tensor](), "backward": list[Tensor]()}
 
     def leave(way: Way | None, kind: str) -> None:
@@ -179,7 +179,7 @@ def test_what_is_left_behind_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
         leave(given[8].behind, "backward")
         eager.backward(*given)
 
-    monkeypatch.setattr(lanes, "_numbers", lambda: list(torch.arange(9, dtype=torch.int32)))
+    monkeypatch.setattr(lanes, "_numbers", lambda: list(torch.arange(64, dtype=torch.int32)))
     kernel = SimpleNamespace(**vars(eager) | {"forward": forward, "backward": backward})
     monkeypatch.setattr(kernel, "may_overlap", True)
     monkeypatch.setattr(kernel, "has_separate_passes", lambda *_: False)
@@ -189,8 +189,8 @@ def test_what_is_left_behind_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, x in found.items():
         torch.testing.assert_close(x, exact[name], rtol=0, atol=1e-5)
     # Only of the first rank do some queries see nothing of others.
-    assert [int(word) for word in told["forward"]] == [3]
-    assert [int(word) for word in told["backward"]] == [3, 3, 3]
+    assert [int(word) for word in told["forward"]] == [8 + 2 * 9]
+    assert [int(word) for word in told["backward"]] == [2 * 9 + 1] * 3
 
 
 @pytest.mark.parametrize("strategy", ["ring", "hierarchical"])
