@@ -41,7 +41,7 @@ empty one. lse is natural log.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -95,6 +95,7 @@ class Gradients:
             without a stage, of a kernel without separate passes: dQ is added to it, and dq left.
         beside: as in `forward`.
         behind: as in `forward`.
+        at_launch: called when all is launched that comes before the kernel itself.
     """
 
     dq: Tensor | None
@@ -105,6 +106,7 @@ class Gradients:
     running_q: Tensor | None = None
     beside: bool = False
     behind: Way | None = None
+    at_launch: Callable[[], None] | None = None
 
 
 class Tile(NamedTuple):

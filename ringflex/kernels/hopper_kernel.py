@@ -274,6 +274,8 @@ def backward(
             Tile(block_m, _STAYS, 4, 2),
         )  # fmt: skip
         setup.keep(key, ready)
+    if g.at_launch is not None:
+        g.at_launch()
     ready(
         described(q, block_m, D_PAD), described(k, _GROUP, D_PAD), described(v, _GROUP, DV_PAD),
         described(dout, block_m, DV_PAD), *(described_flat(x, block_m) for x in terms[:2]),

@@ -8,7 +8,7 @@ where the kernel is deterministic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
@@ -26,7 +26,7 @@ from ringflex.parallel.steps import Step
 from ringflex.parallel.timeline import computing
 from ringflex.parallel.waiting import Launch, launches
 
-_FEW = 1  # parts of a launch, that make way for what needs little
+_FEW = 2  # parts of a launch, that make way for what needs little
 
 
 def forward(
@@ -122,8 +122,9 @@ def backward(
                 continue
             gradients = returns.of(number, step, held)
             if step.mask is not None:
-                lanes.make_way()
-                calls.run(number, step, held, gradients, queries=not apart)
+                calls.run(
+                    number, step, held, gradients, queries=not apart, at_launch=lanes.make_way
+                )
             if apart and step.mask is not None:
                 if number == len(plan.steps) - 1:
                     walk.post_last()  # beside dQ
@@ -173,6 +174,7 @@ class _Calls:
         *,
         queries: bool,
         behind: Way | None = None,
+        at_launch: Callable[[], None] | None = None,
     ) -> None:
         """One launch: dK/dV into `gradients` (or nothing of the kind), dQ if `queries`."""
         assert step.mask is not None
@@ -185,6 +187,7 @@ class _Calls:
             running_q=self.running_q,
             beside=self.beside,
             behind=behind,
+            at_launch=at_launch,
         )
         passes = "dQ, dK, dV" if queries and gradients else "dQ" if queries else "dK, dV"
         track = "compute" if behind is None else "behind"
@@ -272,6 +275,7 @@ class _Walk:
             receives += coming.to_peers
             what["dK/dV"] = self.returns.number
         if sends or receives:
+            self.lanes.make_way(_FEW)
             self.exchange = _comm(self.plan).exchange(
                 sends, receives, name=" and ".join(what), step=next(iter(what.values()))
             )
