@@ -3,10 +3,12 @@
     python scripts/bench_ranks.py                                  # every mask, 64k over 2, 4, 8
     python scripts/bench_ranks.py --masks window --lengths 16384 65536 --ranks 4
 
-Needs no process group: a copy of noise within the GPU stands for each transfer. So it shows what is
-lost where transfers are hidden: to shares that are not even, to the beginnings and ends of kernels,
-to merging. What bench_parallel.py measures on several GPUs beyond that is transfers, and the host:
-here calls are given far ahead.
+Needs no process group. For a transfer stands one from the host, of fewer bytes, which takes as long
+as at a rate between GPUs (`--rate`, GB/s) and needs no multiprocessor; what should arrive is noise,
+and the time to make it does not count. So it shows what is lost where transfers are hidden: to
+shares that are not even, to the beginnings and ends of kernels, to packing and merging. What
+bench_parallel.py measures on several GPUs beyond that is NCCL, and the host: here calls are given
+far ahead.
 
 Efficiency is the time of the whole problem over W times that of the slowest rank of W, forward, and
 forward with backward. All ranks and the whole problem take turns, in shuffled order. Prints a line
@@ -16,12 +18,14 @@ for each case, and writes JSON to `benchmarks/results/`. On a CPU it only shows 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import random
 import statistics
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ringflex as rf
 from parallel_measure import (
     MASKS,
+    Arrived,
     Contender,
+    SilentCommunicator,
     Spec,
     World,
     attention,
@@ -40,7 +46,6 @@ from parallel_measure import (
     inputs,
     measure,
     problem,
-    silent,
 )
 from parallel_report import new_record
 from ringflex.parallel.strategies import STRATEGIES
@@ -49,18 +54,86 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 WHOLE = "one GPU"
 _LEAD = 20_000_000  # cycles
 _ROUNDS = 3
+_LATENCY = 15e-6  # seconds, of a transfer
+_HEAD_START = 15_000  # cycles, as `comm` gives to transfers
 
 
 class FarAhead(World):
-    """One rank, whose host is ahead of its GPU by about 10 ms."""
+    """One rank, whose host is ahead of its GPU by about 10 ms. Pauses do not count."""
+
+    def __post_init__(self) -> None:
+        self.pauses: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.marked = 0  # of them, up to the last mark
 
     def head_start(self) -> None:
         if self.on_gpu:
             torch.cuda._sleep(_LEAD)
 
+    def mark(self) -> Any:
+        """And how many pauses there were until then."""
+        self.marked = len(self.pauses)
+        return super().mark(), self.marked
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        between = self.pauses[start[1] : end[1]]
+        paused = sum(begin.elapsed_time(over) for begin, over in between)
+        return super().milliseconds(start[0], end[0]) - paused
+
+
+class Wire(SilentCommunicator):
+    """Transfers that take as long as at a rate."""
+
+    def __init__(self, rank: int, world: FarAhead, size: int, rate: float) -> None:
+        super().__init__(rank, size, world.on_gpu)
+        self.world, self.rate = world, rate
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Tensor]],
+        **kwargs: Any,
+    ) -> Any:
+        if not self.on_gpu:
+            return super().exchange(sends, receives, **kwargs)
+        side = torch.cuda.Stream(priority=-2)
+        if len(self.world.pauses) == self.world.marked:  # nothing would go on meanwhile
+            begin, over = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            super().exchange(sends, receives, **kwargs).wait()
+            over.record()
+            self.world.pauses.append((begin, over))
+        side.wait_stream(torch.cuda.current_stream())
+        most = max(sum(x.nbytes for _, x in way) for way in (sends, receives))
+        with torch.cuda.stream(side):
+            _occupy_host_link(_LATENCY + most / self.rate)
+        torch.cuda._sleep(_HEAD_START)
+        return Arrived(side)
+
+
+def _occupy_host_link(seconds: float) -> None:
+    there, here, rate = _host_link()
+    left = int(seconds * rate / there.itemsize)
+    while left > 0:
+        part = min(left, there.numel())
+        here[:part].copy_(there[:part], non_blocking=True)
+        left -= part
+
+
+@functools.cache
+def _host_link() -> tuple[Tensor, Tensor, float]:
+    """Memory of the host and of the GPU, and bytes per second from one to the other."""
+    there = torch.ones(1 << 23).pin_memory()
+    here = torch.empty(1 << 23, device="cuda")
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    for event in events:  # the second copy is timed
+        here.copy_(there, non_blocking=True)
+        event.record()
+    torch.cuda.synchronize()
+    return there, here, there.nbytes / events[0].elapsed_time(events[1]) * 1e3
+
 
 def contenders(
-    world: World, spec: Spec, ranks: int, strategy: str, backend: str
+    world: FarAhead, spec: Spec, ranks: int, strategy: str, backend: str, rate: float
 ) -> dict[str, tuple[Contender, tuple[Tensor, ...]]]:
     """The whole problem, and each rank's part of it, with their inputs."""
     p, S = problem(spec, world.device), spec.tokens
@@ -68,16 +141,29 @@ def contenders(
     made = {WHOLE: Contender(name=WHOLE, run=attention(whole, backend))}
     for plan in rf.plan_all(p.mask_mod, S, ranks, strategy=strategy):
         name = f"rank {plan.rank}"
-        run = attention(silent(plan, world), backend)
+        run = attention(wired(plan, world, rate), backend)
         made[name] = Contender(name=name, run=run, positions=plan.positions)
     return {name: (c, inputs(spec, world.device, c)) for name, c in made.items()}
 
 
+def wired(plan: rf.Plan, world: FarAhead, rate: float) -> rf.Plan:
+    """The same plan by itself."""
+    nodes = None if plan.nodes is None else wired(plan.nodes, world, rate)
+    comm = Wire(plan.rank, world, plan.world_size, rate)
+    return replace(plan, comm=comm, nodes=nodes)
+
+
 def bench(
-    world: World, spec: Spec, ranks: int, strategy: str, backend: str, seconds: float
+    world: FarAhead,
+    spec: Spec,
+    ranks: int,
+    strategy: str,
+    backend: str,
+    rate: float,
+    seconds: float,
 ) -> dict[str, Any]:
     """Milliseconds of the whole and of each rank, and efficiencies."""
-    cases = contenders(world, spec, ranks, strategy, backend)
+    cases = contenders(world, spec, ranks, strategy, backend, rate)
     times: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     order, shuffled = list(cases), random.Random(0)
     for _ in range(_ROUNDS):
@@ -85,7 +171,7 @@ def bench(
         for name in order:
             times[name].append(measure(world, *cases[name], seconds / _ROUNDS))
     row: dict[str, Any] = {**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch.")}
-    row |= {"ranks": ranks, "strategy": strategy}
+    row |= {"ranks": ranks, "strategy": strategy, "rate": rate}
     for way in ("forward", "both"):
         found = {name: statistics.median(t[way] for t in of) for name, of in times.items()}
         row[f"one_{way}"] = found.pop(WHOLE)
@@ -116,6 +202,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--rate", type=float, default=330, help="GB/s of a transfer")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each rank")
     parser.add_argument("--device", choices=["cuda", "cpu"], default=default_device())
     parser.add_argument("--backend", default="auto")
@@ -136,7 +223,7 @@ def main() -> None:
             mask=mask, tokens=tokens, heads=arguments.heads, kv_heads=arguments.kv_heads,
             dim=arguments.dim, dtype=dtype,
         )  # fmt: skip
-        how = arguments.strategy, arguments.backend, arguments.seconds
+        how = arguments.strategy, arguments.backend, arguments.rate * 1e9, arguments.seconds
         row = bench(world, spec, ranks, *how) | {"command": len(record["commands"]) - 1}
         record["rows"].append(row)
         print(line(row), flush=True)

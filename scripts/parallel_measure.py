@@ -391,10 +391,10 @@ class SilentCommunicator(Communicator):
                 noise = _noise(x.dtype, x.device)
                 for part in x.view(-1).split(noise.numel()):
                     part.copy_(noise[: part.numel()])
-        return _Arrived(side)
+        return Arrived(side)
 
 
-class _Arrived(NamedTuple):
+class Arrived(NamedTuple):
     side: torch.cuda.Stream | None
 
     def wait(self) -> None:

@@ -43,7 +43,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,11 +74,13 @@ class Partial(NamedTuple):
 @dataclass(eq=False)
 class Way:
     """Through a launch, for others that come later: a kernel that can make room leaves a `word`
-    here, one int32 on its GPU. When the number in it grows by `PARTS`, all of its programs that run
-    end with the tile in hand, and others take their place, behind what waits; when by less, a part
-    of them."""
+    here, one int32 on its GPU. Each time that the number in it grows by one, those of its programs
+    that run end with the tile in hand, and others take their place, behind what waits.
 
-    PARTS: ClassVar[int] = 8
+    times: how often it may be asked to, about; after that it stays.
+    """
+
+    times: int
     word: Tensor | None = None
 
 
@@ -95,7 +97,7 @@ class Gradients:
             without a stage, of a kernel without separate passes: dQ is added to it, and dq left.
         beside: as in `forward`.
         behind: as in `forward`.
-        at_launch: called when all is launched that comes before the kernel itself.
+        make_room: to be called before each kernel that is launched to compute them.
     """
 
     dq: Tensor | None
@@ -106,7 +108,7 @@ class Gradients:
     running_q: Tensor | None = None
     beside: bool = False
     behind: Way | None = None
-    at_launch: Callable[[], None] | None = None
+    make_room: Callable[[], None] = lambda: None
 
 
 class Tile(NamedTuple):

@@ -13,14 +13,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ringflex.kernels.contract import Way
 from ringflex.kernels.hopper_intrinsics import uniform
 
 ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # of partitions
 FOUR_WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 WORDS = gl.constexpr(8)  # of a record
 FIRST_BARRIER = gl.constexpr(5)  # of the named ones; Triton has those below
-PARTS = gl.constexpr(Way.PARTS)
 HANDOVER = gl.constexpr("288")  # threads: two warpgroups that leave a buffer, one warp to fill it
 
 
@@ -62,11 +60,10 @@ def quota(sections):
 
 @gluon.jit
 def makes_way(counters, sections):
-    """Whether a program is to end, for launches that wait: the first, as many as were told to, but
-    never the last wave of them (`contract.Way`)."""
+    """Whether a program is to end, for launches that wait: each time that they are told, those of
+    one wave more, but never of the last (`contract.Way`)."""
     told, waves = gl.load(counters + 2, volatile=True), gl.load(sections - 2)
-    leave = gl.minimum(told, PARTS * (waves - 1)) * gl.num_programs(0)
-    return gl.program_id(0) * waves * PARTS < leave
+    return gl.program_id(0) * waves < gl.minimum(told, waves - 1) * gl.num_programs(0)
 
 
 @gluon.jit

@@ -102,7 +102,7 @@ def forward(
     block_n = 128 if max(D, Dv) <= 128 else 64
     key = (
         "hopper forward", kind_of(mod), score_function, merge.key, stage, beside,
-        behind is not None, more and tuple(x.stride() for x in more),
+        behind and behind.times, more and tuple(x.stride() for x in more),
     )  # fmt: skip
     ready = setup.prepared.get(key)
     if ready is None:
@@ -115,7 +115,7 @@ def forward(
         flops = float(lists.work.sum()) * heads * tiles_m * per_block
         programs = queue(
             heads * lists.places * tiles_m, flops, q.device, beside, _FORWARD_LIFE,
-            makes_way=behind is not None,
+            way=behind,
         )  # fmt: skip
         lists, sections = in_sections(lists, tiles_m, heads, q.device, programs, backwards=True)
         ready = Prepared(
@@ -237,9 +237,9 @@ def backward(
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_m = 128 if max(D, Dv) <= 64 and mod is None else 64  # what registers allow
     key = (
-        "hopper backward", members, stretches, g.beside, beside, behind is not None, kind_of(mod),
-        score_function, dout.stride(), dk.dtype, dk.stride(), dv.stride(), tuple(wanted),
-        alignment(dk, dv), terms.factor == 1,
+        "hopper backward", members, stretches, g.beside, beside, behind and behind.times,
+        kind_of(mod), score_function, dout.stride(), dk.dtype, dk.stride(), dv.stride(),
+        tuple(wanted), alignment(dk, dv), terms.factor == 1,
     )  # fmt: skip
     ready = setup.prepared.get(key)
     if ready is None:
@@ -251,7 +251,7 @@ def backward(
             lists = lists if tail is None else keys_in_pieces(mask, lists, tail, q.device)
         programs = queue(
             units * lists.places * tiles_n, _backward_flops(setup, lists), q.device, beside,
-            _BACKWARD_LIFE, makes_way=behind is not None,
+            _BACKWARD_LIFE, way=behind,
         )  # fmt: skip
         lists, sections = in_sections(lists, tiles_n, units, q.device, programs, backwards=False)
         score_gradient = None
@@ -274,8 +274,7 @@ def backward(
             Tile(block_m, _STAYS, 4, 2),
         )  # fmt: skip
         setup.keep(key, ready)
-    if g.at_launch is not None:
-        g.at_launch()
+    g.make_room()
     ready(
         described(q, block_m, D_PAD), described(k, _GROUP, D_PAD), described(v, _GROUP, DV_PAD),
         described(dout, block_m, DV_PAD), *(described_flat(x, block_m) for x in terms[:2]),
@@ -371,8 +370,9 @@ def _per_query(setup: Setup) -> int:
 
 
 def _sums_of_keys(g: Gradients) -> tuple[Tensor, Tensor]:
-    """Where heads of a group, or stretches of queries, add dK and dV, in fp32."""
+    """Where heads of a group, or stretches of queries, add dK and dV, in fp32: zeros."""
     assert g.dk is not None and g.dv is not None
+    g.make_room()
     if g.dk.dtype == torch.float32:
         return g.dk.zero_(), g.dv.zero_()
     sizes = g.dk.numel(), g.dv.numel()

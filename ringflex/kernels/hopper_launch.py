@@ -16,7 +16,6 @@ from ringflex.kernels.contract import Way
 from ringflex.kernels.device_arrays import to_device
 
 _COUNTERS = 2048  # launches that may be under way at once
-_WAVES = 5  # of programs of a launch that makes way for others: two steps make some 18 parts leave
 _ALL = 1 << 30  # tiles
 _SHORT = 2e10  # FLOP of a launch, for each multiprocessor: about 4 ms
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
@@ -101,7 +100,7 @@ def queue(
     device: torch.device,
     beside: bool,
     life: float,
-    makes_way: bool = False,
+    way: Way | None = None,
 ) -> Programs:
     """What programs to launch.
 
@@ -111,11 +110,11 @@ def queue(
         beside: other kernels may need multiprocessors meanwhile, as transfers do. So programs of a
             long launch end at any time, and others take their place. A short one would take up to
             5% longer by that.
-        makes_way: programs end when they are told to, instead.
+        way: programs end when they are told to, instead.
     """
     at_once = multiprocessors(device)
-    if makes_way:
-        return Programs(_WAVES * at_once, waves=_WAVES)
+    if way is not None:
+        return Programs((way.times + 1) * at_once, waves=way.times + 1)
     mean = max(1, round(life * tiles / max(flops, 1.0)))
     if not beside or tiles <= 2 * mean * at_once:
         return Programs(min(tiles, at_once))

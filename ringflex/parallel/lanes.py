@@ -20,7 +20,7 @@ from torch import Tensor
 from ringflex.kernels.contract import Way
 
 _PRIORITY = -1  # above that of the program's own stream; transfers are above this
-_MOST = 8 * Way.PARTS  # that a launch makes way for
+_MOST = 99  # times that a launch makes way
 
 
 class Lanes:
@@ -55,10 +55,11 @@ class Lanes:
         return None if self._own is None else torch.cuda.current_stream().record_event()
 
     @contextmanager
-    def behind(self, after: torch.cuda.Event | None) -> Iterator[Way]:
+    def behind(self, after: torch.cuda.Event | None, times: int) -> Iterator[Way]:
         """Inside `ahead`: what is launched inside waits for nothing of `ahead` that came later than
-        `after`, so it must use nothing of that. Given is the way that it is to make for others."""
-        way, stream = Way(), self._own
+        `after`, so it must use nothing of that. Given is the way that it is to make for others,
+        some `times`."""
+        way, stream = Way(times), self._own
         self._ways.append(way)
         if stream is None:
             yield way
@@ -71,12 +72,13 @@ class Lanes:
             yield way
         self._left = stream.record_event()
 
-    def make_way(self, parts: int = Way.PARTS) -> None:
-        """Inside `ahead`: what was left behind, or a part of it, ends where it is, to go on behind
-        what is launched, and transferred, from now on."""
+    def make_way(self) -> None:
+        """Inside `ahead`: what was left behind ends where it is, to go on behind what is launched,
+        or transferred, next. Again before what comes after that: others may be faster to take the
+        room that it leaves."""
         words = [way.word for way in self._ways if way.word is not None]
-        if words and self._asked + parts < _MOST:
-            self._asked += parts
+        if words and self._asked < _MOST:
+            self._asked += 1
             for word in words:
                 word.copy_(_numbers()[self._asked], non_blocking=True)
 
@@ -94,7 +96,7 @@ class Lanes:
 
 @functools.cache
 def _numbers() -> list[Tensor]:
-    return list(torch.arange(_MOST, dtype=torch.int32).pin_memory().split(1))
+    return list(torch.arange(_MOST + 1, dtype=torch.int32).pin_memory().split(1))
 
 
 @functools.cache

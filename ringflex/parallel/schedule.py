@@ -26,7 +26,8 @@ from ringflex.parallel.steps import Step
 from ringflex.parallel.timeline import computing
 from ringflex.parallel.waiting import Launch, launches
 
-_FEW = 2  # parts of a launch, that make way for what needs little
+_WAYS = 3, 5  # that a forward and a backward need for a step: to unpack, to send, to compute, ...
+_LONGEST = 12  # of these in all
 
 
 def forward(
@@ -72,7 +73,8 @@ def forward(
         for number, _, held in _Walk(plan, home, lanes):
             left = apart[number != 0] if number in (0, last) else None
             if left is not None and left.mask is not None:
-                with lanes.behind(lanes.mark()) as way:
+                times = min(_LONGEST, 1 + _WAYS[0] * (last - number))
+                with lanes.behind(lanes.mark(), times) as way:
                     launch(number, held, left, way)
             if computes[number].mask is not None:
                 lanes.make_way()
@@ -117,13 +119,14 @@ def backward(
                 if not overlaps:
                     calls.run(0, step, held, None if apart else home, queries=True)
                 if apart or overlaps:
-                    with lanes.behind(start) as way:
+                    times = min(_LONGEST, _WAYS[1] * (len(plan.steps) - 1))
+                    with lanes.behind(start, times) as way:
                         calls.run(0, step, held, home, queries=not apart, behind=way)
                 continue
             gradients = returns.of(number, step, held)
             if step.mask is not None:
                 calls.run(
-                    number, step, held, gradients, queries=not apart, at_launch=lanes.make_way
+                    number, step, held, gradients, queries=not apart, make_room=lanes.make_way
                 )
             if apart and step.mask is not None:
                 if number == len(plan.steps) - 1:
@@ -174,7 +177,7 @@ class _Calls:
         *,
         queries: bool,
         behind: Way | None = None,
-        at_launch: Callable[[], None] | None = None,
+        make_room: Callable[[], None] = lambda: None,
     ) -> None:
         """One launch: dK/dV into `gradients` (or nothing of the kind), dQ if `queries`."""
         assert step.mask is not None
@@ -187,7 +190,7 @@ class _Calls:
             running_q=self.running_q,
             beside=self.beside,
             behind=behind,
-            at_launch=at_launch,
+            make_room=make_room,
         )
         passes = "dQ, dK, dV" if queries and gradients else "dQ" if queries else "dK, dV"
         track = "compute" if behind is None else "behind"
@@ -226,7 +229,7 @@ class _Walk:
             held = self.local
             self.wait()
             if number > 0:
-                self.lanes.make_way(_FEW)
+                self.lanes.make_way()
             if self.arriving is not None:
                 held = self.arriving.unpack(self.local, step.width)
             if number in self.last:
@@ -245,7 +248,7 @@ class _Walk:
         """The last step's dK/dV, if they have not left."""
         if self.returns is not None and self.returns.waiting:
             self.wait()
-            self.lanes.make_way(_FEW)
+            self.lanes.make_way()
             self._post()
 
     def _post(self) -> None:
@@ -268,6 +271,8 @@ class _Walk:
         else:
             self.arriving = None
         if self.returns is not None:
+            if number > 1:
+                self.lanes.make_way()
             self.returns.settle()
         if self.returns is not None and self.returns.waiting:
             leaving, coming = self.returns.leave()
@@ -275,7 +280,7 @@ class _Walk:
             receives += coming.to_peers
             what["dK/dV"] = self.returns.number
         if sends or receives:
-            self.lanes.make_way(_FEW)
+            self.lanes.make_way()
             self.exchange = _comm(self.plan).exchange(
                 sends, receives, name=" and ".join(what), step=next(iter(what.values()))
             )

@@ -125,6 +125,8 @@ def check(case: Case, strategy: str) -> None:
     stretches = lambda *_: 3 if case.seed % 3 == 2 else 1
 
     def tail(lists: BlockLists, *_: Any) -> Tail | None:
+        if len(lists.visited) != len(lists.order_here):  # heads that share an order
+            return None
         visited = np.take_along_axis(lists.visited, lists.order_here, axis=1)[:, : lists.places]
         pieces = min(case.seed % 4 + 1, visited.min(initial=0))
         return Tail(1, pieces) if pieces > 1 else None

@@ -10,6 +10,7 @@ import torch
 import ringflex as rf
 from ringflex.kernels import hopper_common
 from ringflex.kernels.block_lists import key_lists, query_lists
+from ringflex.kernels.contract import Way
 from ringflex.kernels.hopper_launch import Programs, in_sections, multiprocessors, queue
 
 CPU = torch.device("cpu")
@@ -109,13 +110,13 @@ def test_programs_come_to_all_tiles(tiles: int, lives: float, beside: bool) -> N
         assert quotas.max() <= 2 * mean + 1 and len(set(quotas[:at_once])) >= min(spread, at_once)
 
 
-@pytest.mark.parametrize("told", [0, 1, 8, 9, 32, 99])
+@pytest.mark.parametrize("told", [0, 1, 3, 4, 9])
 @pytest.mark.parametrize("tiles", [1, 131, 528, 3_000])
 def test_programs_make_way(tiles: int, told: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An eighth of those that run at once for each part, but never the last of them."""
+    """As many as run at once, each time that they are told, but never the last of them."""
     at_once = multiprocessors(CPU)
-    programs = queue(tiles, 1.0, CPU, True, LIFE, makes_way=True)
-    assert programs == (5 * at_once, 1 << 30, 1, 5)
+    programs = queue(tiles, 1.0, CPU, True, LIFE, Way(times=3))
+    assert programs == (4 * at_once, 1 << 30, 1, 4)
     device = SimpleNamespace(
         minimum=min, load=lambda p, volatile=False: p.load(), num_programs=lambda _: programs.number
     )
@@ -126,7 +127,7 @@ def test_programs_make_way(tiles: int, told: int, monkeypatch: pytest.MonkeyPatc
         device.program_id = lambda _, program=program: program
         leave.append(hopper_common.makes_way.fn(counters, sections))
         assert hopper_common.quota.fn(sections) >= tiles
-    assert leave == [i < min(told / 8, 4) * at_once for i in range(programs.number)]
+    assert leave == [i < min(told, 3) * at_once for i in range(programs.number)]
 
 
 def test_others_never_make_way(monkeypatch: pytest.MonkeyPatch) -> None:

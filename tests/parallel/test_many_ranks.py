@@ -162,9 +162,8 @@ def test_two_lanes_compute_the_same(
 
 
 def test_what_is_left_behind_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every launch that is left behind: all for each later one, in the forward also for the rest
-    of its own step, and a part of it for what unpacks K/V, for what packs the last dK/dV, and for
-    transfers."""
+    """Every launch that is left behind: for each later one, in the forward also for the rest of its
+    own step; for what unpacks K/V, adds and packs dK/dV, and for transfers."""
     world_size, told = 3, {"forward": list[Tensor](), "backward": list[Tensor]()}
 
     def leave(way: Way | None, kind: str) -> None:
@@ -177,8 +176,7 @@ def test_what_is_left_behind_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
         eager.forward(*given)
 
     def backward(*given: Any) -> None:
-        if given[8].at_launch is not None:
-            given[8].at_launch()
+        given[8].make_room()
         leave(given[8].behind, "backward")
         eager.backward(*given)
 
@@ -192,8 +190,8 @@ def test_what_is_left_behind_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, x in found.items():
         torch.testing.assert_close(x, exact[name], rtol=0, atol=1e-5)
     # Only of the first rank do some queries see nothing of others.
-    assert [int(word) for word in told["forward"]] == [8 + 2 * 10 + 2]
-    assert [int(word) for word in told["backward"]] == [2 * 10 + 4 + 4] * 3
+    assert [int(word) for word in told["forward"]] == [1 + 3 + 2]
+    assert [int(word) for word in told["backward"]] == [3 + 4 + 3] * 3
 
 
 @pytest.mark.parametrize("strategy", ["ring", "hierarchical"])
