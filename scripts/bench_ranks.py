@@ -61,7 +61,8 @@ _HEAD_START = 15_000  # cycles, as `comm` gives to transfers
 class FarAhead(World):
     """One rank, whose host is ahead of its GPU by about 10 ms. Pauses do not count."""
 
-    def __post_init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(rank=0, size=1, device=device, control=None)
         self.pauses: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.marked = 0  # of them, up to the last mark
 
@@ -211,7 +212,7 @@ def main() -> None:
     parser.add_argument("--merge", action="store_true", help="add to what the output holds")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    world = FarAhead(rank=0, size=1, device=device, control=None)
+    world = FarAhead(device)
     dtype = torch.bfloat16 if world.on_gpu else torch.float32
     record = new_record(arguments)
     if isinstance(record, str):
