@@ -11,7 +11,13 @@ import ringflex as rf
 from ringflex.kernels import hopper_common
 from ringflex.kernels.block_lists import key_lists, query_lists
 from ringflex.kernels.contract import Way
-from ringflex.kernels.hopper_launch import Programs, in_sections, multiprocessors, queue
+from ringflex.kernels.hopper_launch import (
+    Programs,
+    counters,
+    in_sections,
+    multiprocessors,
+    queue,
+)
 
 CPU = torch.device("cpu")
 LIFE = 1e10
@@ -128,6 +134,13 @@ def test_programs_make_way(tiles: int, told: int, monkeypatch: pytest.MonkeyPatc
         leave.append(hopper_common.makes_way.fn(counters, sections))
         assert hopper_common.quota.fn(sections) >= tiles
     assert leave == [i < min(told, 3) * at_once for i in range(programs.number)]
+
+
+def test_a_way_is_a_word_of_the_counters() -> None:
+    way = Way(times=2)
+    slot = counters(CPU, way)
+    assert way.word is not None and way.word.data_ptr() == slot[2:].data_ptr()
+    assert slot.tolist() == [0] * 4 and way.word.numel() == 1
 
 
 def test_others_never_make_way(monkeypatch: pytest.MonkeyPatch) -> None:
