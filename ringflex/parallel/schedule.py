@@ -26,8 +26,9 @@ from ringflex.parallel.steps import Step
 from ringflex.parallel.timeline import computing
 from ringflex.parallel.waiting import Launch, launches
 
-_WAYS = 3, 5  # that a forward and a backward need for a step: to unpack, to send, to compute, ...
-_LONGEST = 12  # of these in all
+# How often a step asks what is left behind to make way: to unpack, to send, to compute, ...
+_FORWARD_ASKS, _BACKWARD_ASKS = 3, 5
+_MOST_ASKS = 12  # that a launch is prepared for; waves of programs that nobody asks for cost time
 
 
 def forward(
@@ -73,7 +74,7 @@ def forward(
         for number, _, held in _Walk(plan, home, lanes):
             left = apart[number != 0] if number in (0, last) else None
             if left is not None and left.mask is not None:
-                times = min(_LONGEST, 1 + _WAYS[0] * (last - number))
+                times = min(_MOST_ASKS, 1 + _FORWARD_ASKS * (last - number))
                 with lanes.behind(lanes.mark(), times) as way:
                     launch(number, held, left, way)
             if computes[number].mask is not None:
@@ -119,7 +120,7 @@ def backward(
                 if not overlaps:
                     calls.run(0, step, held, None if apart else home, queries=True)
                 if apart or overlaps:
-                    times = min(_LONGEST, _WAYS[1] * (len(plan.steps) - 1))
+                    times = min(_MOST_ASKS, _BACKWARD_ASKS * (len(plan.steps) - 1))
                     with lanes.behind(start, times) as way:
                         calls.run(0, step, held, home, queries=not apart, behind=way)
                 continue
