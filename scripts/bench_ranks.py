@@ -82,7 +82,8 @@ class FarAhead(World):
 
 
 class Wire(SilentCommunicator):
-    """Transfers that take as long as at a rate."""
+    """Transfers that take as long as at a rate. The first of a forward or backward arrives before
+    it begins, in a pause; K/V of later ones while it is under way; of later dK/dV, nothing."""
 
     def __init__(self, rank: int, world: FarAhead, size: int, rate: float) -> None:
         super().__init__(rank, size, world.on_gpu)
@@ -96,19 +97,26 @@ class Wire(SilentCommunicator):
     ) -> Any:
         if not self.on_gpu:
             return super().exchange(sends, receives, **kwargs)
-        side = torch.cuda.Stream(priority=-2)
+        side = _side_stream()
         if len(self.world.pauses) == self.world.marked:  # nothing would go on meanwhile
             begin, over = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             super().exchange(sends, receives, **kwargs).wait()
             over.record()
             self.world.pauses.append((begin, over))
+        elif "K/V" in kwargs.get("name", ""):
+            side.wait_stream(super().exchange([], receives, **kwargs).side)
         side.wait_stream(torch.cuda.current_stream())
         most = max(sum(x.nbytes for _, x in way) for way in (sends, receives))
         with torch.cuda.stream(side):
             _occupy_host_link(_LATENCY + most / self.rate)
         torch.cuda._sleep(_HEAD_START)
         return Arrived(side)
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream(priority=-2)
 
 
 def _occupy_host_link(seconds: float) -> None:
