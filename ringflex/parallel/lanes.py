@@ -28,10 +28,9 @@ class Lanes:
 
     def __init__(self, device: torch.device) -> None:
         self._own = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._left: torch.cuda.Event | None = None
+        self._left: list[torch.cuda.Event] = []  # ends of what was left behind
         self._ways: list[Way] = []
         self._asked = 0
-        self._aside = False  # something is on a third stream
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
@@ -46,9 +45,10 @@ class Lanes:
             with torch.cuda.stream(stream):
                 yield
         finally:
+            # What was left behind reads memory that is this stream's to use again.
+            with torch.cuda.stream(stream):
+                self.meet()
             self._own.wait_stream(stream)
-            if self._aside:
-                self._own.wait_stream(_aside_of(self._own.device_index))
 
     def mark(self) -> torch.cuda.Event | None:
         """Inside `ahead`: a point in time; None on a CPU."""
@@ -65,12 +65,12 @@ class Lanes:
             yield way
             return
         if len(self._ways) > 1:  # not after the one before
-            stream, self._aside = _aside_of(stream.device_index), True
+            stream = _aside_of(stream.device_index)
         assert after is not None
         stream.wait_event(after)
         with torch.cuda.stream(stream):
             yield way
-        self._left = stream.record_event()
+        self._left.append(stream.record_event())
 
     def make_way(self) -> None:
         """Inside `ahead`: what was left behind ends where it is, to go on behind what is launched,
@@ -85,13 +85,13 @@ class Lanes:
     @property
     def meeting(self) -> bool:
         """Whether something was left behind that `meet` would wait for."""
-        return self._left is not None
+        return bool(self._left)
 
     def meet(self) -> None:
         """What was left behind is done for what is launched ahead from now on."""
-        if self._left is not None:
-            torch.cuda.current_stream().wait_event(self._left)
-            self._left = None
+        for event in self._left:
+            torch.cuda.current_stream().wait_event(event)
+        self._left = []
 
 
 @functools.cache
