@@ -29,7 +29,6 @@ from ringflex.kernels.hopper_launch import (
     described,
     described_flat,
     in_sections,
-    is_short,
     l2_cache,
     multiprocessors,
     queue,
@@ -59,7 +58,7 @@ _REGISTERS = (240, 24)  # per thread of the consumers and the producer
 _LARGEST_BACKWARD_DIM = 128
 _EVEN = 0.75  # mean work of rows over the longest's, from which on heads of a group stay together
 _FEW, _MANY = 0.5, 10  # tiles of keys per multiprocessor
-_FORWARD_LIFE, _BACKWARD_LIFE = 1e10, 3.5e9  # FLOP of a program: about 2 and 0.8 ms
+_FORWARD_LIFE, _BACKWARD_LIFE = 1e10, 3.5e10  # FLOP of a program: about 2 and 8 ms
 _KEPT = 0.75  # of the L2 cache, what programs may walk out of step
 
 
@@ -223,12 +222,9 @@ def backward(
     mod = score_mod(score, q.device, options)
     wanted = () if mod is None else mod.wanted([d is not None for d in g.dcaptures])
     pairs = [] if mod is None else accumulators(mod, wanted)
-    # Programs of a short one stay to the end, which is faster, or until they are told to leave.
-    short = g.beside and _is_short(setup, q.device)
-    beside, behind = g.beside and not short, g.behind if short else None
     dq = sum_of_queries(g)
     members = _heads_of_a_tile(setup, q.device, tiles if g.beside else None)
-    stretches = _stretches(setup, q.device, beside)
+    stretches = _stretches(setup, q.device, g.beside)
     if stretches > 1:
         members = 1
     apart = members < setup.group or stretches > 1
@@ -237,7 +233,7 @@ def backward(
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     block_m = 128 if max(D, Dv) <= 64 and mod is None else 64  # what registers allow
     key = (
-        "hopper backward", members, stretches, g.beside, beside, behind and behind.times,
+        "hopper backward", members, stretches, g.beside, g.behind and g.behind.times,
         kind_of(mod), score_function, dout.stride(), dk.dtype, dk.stride(), dv.stride(),
         tuple(wanted), alignment(dk, dv), terms.factor == 1,
     )  # fmt: skip
@@ -250,8 +246,8 @@ def backward(
             tail = tail_of(lists, units * tiles_n, q.device)
             lists = lists if tail is None else keys_in_pieces(mask, lists, tail, q.device)
         programs = queue(
-            units * lists.places * tiles_n, _backward_flops(setup, lists), q.device, beside,
-            _BACKWARD_LIFE, way=behind,
+            units * lists.places * tiles_n, _backward_flops(setup, lists), q.device, g.beside,
+            _BACKWARD_LIFE, way=g.behind,
         )  # fmt: skip
         lists, sections = in_sections(lists, tiles_n, units, q.device, programs, backwards=False)
         score_gradient = None
@@ -279,7 +275,7 @@ def backward(
         described(q, block_m, D_PAD), described(k, _GROUP, D_PAD), described(v, _GROUP, DV_PAD),
         described(dout, block_m, DV_PAD), *(described_flat(x, block_m) for x in terms[:2]),
         described(dq, block_m * D_PAD // (2 * _GROUP), _GROUP), strided(dk), strided(dv),
-        counters(q.device, behind), () if mod is None else mod.arguments,
+        counters(q.device, g.behind), () if mod is None else mod.arguments,
         gradient_arguments(pairs), scale,
     )  # fmt: skip
     round_queries(g, dq)
@@ -338,17 +334,6 @@ def _stretches(setup: Setup, device: torch.device, beside: bool) -> int:
         mask.cache[key] = 1 if fits else math.ceil(2 * whole / cache)
     stretches: int = mask.cache[key]
     return stretches
-
-
-def _is_short(setup: Setup, device: torch.device) -> bool:
-    """Whether a backward takes a few milliseconds only. Kept on the mask."""
-    mask = setup.mask
-    key = ("short", setup.batch, setup.heads, setup.dims, device)
-    if key not in mask.cache:
-        lists = key_lists(mask, setup.group, device, descending=True)
-        mask.cache[key] = is_short(_backward_flops(setup, lists), device)
-    short: bool = mask.cache[key]
-    return short
 
 
 def _backward_flops(setup: Setup, lists: BlockLists) -> float:

@@ -17,7 +17,6 @@ from ringflex.kernels.device_arrays import to_device
 
 _COUNTERS = 2048  # launches that may be under way at once
 _ALL = 1 << 30  # tiles
-_SHORT = 2e10  # FLOP of a launch, for each multiprocessor: about 4 ms
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 _FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
@@ -125,11 +124,6 @@ def queue(
     rounds, rest = divmod(tiles + at_once * mean, mean * spread)
     more = int(np.searchsorted(np.cumsum(np.arange(1, spread + 1)), rest)) + 1
     return Programs(rounds * spread + more, quota=1, spread=spread)
-
-
-def is_short(flops: float, device: torch.device) -> bool:
-    """Of a launch: about 4 ms at most."""
-    return flops <= _SHORT * multiprocessors(device)
 
 
 @functools.cache

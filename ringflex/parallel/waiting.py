@@ -149,14 +149,18 @@ def _apart(stage: Stage) -> Array:
 
 
 def _on_its_way(plan: Plan) -> float:
-    """How long K/V takes to arrive beside the local step, in visible blocks over all heads."""
-    costs, near, far = plan.outline.reads.costs, 0, 0
-    for transfer in plan.steps[1].receives:
-        if transfer.peer // costs.node == plan.rank // costs.node:
-            near += transfer.count
-        else:
-            far += transfer.count
-    return max(costs.near * near, costs.far * far)
+    """How long the exchange takes that brings K/V beside the local step, in visible blocks over all
+    heads. It ends when all is sent, too."""
+    costs, step, rounds = plan.outline.reads.costs, plan.steps[1], []
+    for transfers in (step.receives, step.sends):
+        near, far = 0, 0
+        for transfer in transfers:
+            if transfer.peer // costs.node == plan.rank // costs.node:
+                near += transfer.count
+            else:
+                far += transfer.count
+        rounds += [costs.near * near, costs.far * far]
+    return max(rounds)
 
 
 def _without(mask: BlockMask, stage: Stage, rows: Array, more: bool = False) -> Launch:
