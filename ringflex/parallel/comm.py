@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringflex.masks.runs import Array
 from ringflex.parallel import timeline
 from ringflex.parallel.groups import plan_backend, transfer_group
+from ringflex.parallel.lanes import on
 from ringflex.parallel.watch import watch
 
 _RECORD = 512  # bytes that each rank contributes to an agreement
@@ -214,7 +215,7 @@ class Exchange:
         if not self.comm.on_gpu:
             return
         side = _side_stream(torch.cuda.current_device())
-        with torch.cuda.stream(side):
+        with on(side):
             for work in self.works:
                 work.wait()
             if self.span is not None:

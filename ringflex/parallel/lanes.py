@@ -42,17 +42,17 @@ class Lanes:
         stream = _ahead_of(self._own.device_index)
         stream.wait_stream(self._own)
         try:
-            with torch.cuda.stream(stream):
-                yield
+            with on(stream):
+                try:
+                    yield
+                finally:
+                    self.meet()  # what was left behind reads memory that is this stream's to use
         finally:
-            # What was left behind reads memory that is this stream's to use again.
-            with torch.cuda.stream(stream):
-                self.meet()
             self._own.wait_stream(stream)
 
     def mark(self) -> torch.cuda.Event | None:
         """Inside `ahead`: a point in time; None on a CPU."""
-        return None if self._own is None else torch.cuda.current_stream().record_event()
+        return None if self._own is None else self._current.record_event()
 
     @contextmanager
     def behind(self, after: torch.cuda.Event | None, times: int) -> Iterator[Way]:
@@ -68,7 +68,7 @@ class Lanes:
             stream = _aside_of(stream.device_index)
         assert after is not None
         stream.wait_event(after)
-        with torch.cuda.stream(stream):
+        with on(stream):
             yield way
         self._left.append(stream.record_event())
 
@@ -90,8 +90,28 @@ class Lanes:
     def meet(self) -> None:
         """What was left behind is done for what is launched ahead from now on."""
         for event in self._left:
-            torch.cuda.current_stream().wait_event(event)
+            self._current.wait_event(event)
         self._left = []
+
+    @property
+    def _current(self) -> torch.cuda.Stream:
+        assert self._own is not None
+        return torch.cuda.current_stream(self._own.device_index)
+
+
+class on:
+    """`with torch.cuda.stream`, of the current device: that looks up which one it is several times,
+    which takes as long as to launch several kernels."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        self._before = torch.cuda.current_stream(self._stream.device_index)
+        torch.cuda.set_stream(self._stream)
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.set_stream(self._before)
 
 
 @functools.cache
