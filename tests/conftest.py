@@ -18,7 +18,8 @@ hypothesis.settings.load_profile("ringflex")
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    beside_others = "PYTEST_XDIST_WORKER" in os.environ  # whose threads would wait for each other
+    torch.set_num_threads(1 if beside_others else min(2, os.cpu_count() or 1))
 
 
 SLOWEST = ("test_kernels.py", "test_train.py")  # files, of which none may be the last to begin
