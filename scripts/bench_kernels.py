@@ -39,16 +39,17 @@ from torch.nn.attention.flex_attention import create_block_mask as torch_block_m
 from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import problems
 import ringflex as rf
 from commit import current_commit
 from kernels_report import FLEX, FLEX_FA4, MASKS, OURS, PORTABLE, case_of, plot, table
+from problems import WINDOW, Problem
 from ringflex.kernels.triton_tiles import CANDIDATES
 from ringflex.reference import reference_attention_with_gradients
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 TILED_MASKS = ("causal", "softcap", "full")
 WITHOUT: list[str] = []  # contenders that take long to compile
-WINDOW = 4096
 _CYCLES = 2e9  # of a GPU, a second
 _LONGEST_CALL = 0.005  # seconds of the host, that the GPU waits for
 _ROUNDS = 4
@@ -69,45 +70,8 @@ class Spec:
         return f"{self.mask} {self.tokens} H{self.heads}/{self.kv_heads} D{self.dim}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """The mods, the same Python functions for all contenders, and the visible pairs a head."""
-
-    mask_mod: Any
-    score_mod: Any
-    pairs: int
-
-
 def problem(spec: Spec) -> Problem:
-    S = spec.tokens
-    triangle = S * (S + 1) // 2
-    score_mod = None
-    mask_mod = lambda b, h, q_idx, kv_idx: q_idx >= kv_idx
-    pairs = triangle
-    if spec.mask == "full":
-        mask_mod, pairs = None, S * S
-    elif spec.mask == "window":
-        mask_mod = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < WINDOW)
-        inside = min(S, WINDOW)
-        pairs = inside * (inside + 1) // 2 + (S - inside) * WINDOW
-    elif spec.mask == "documents":
-        generator = torch.Generator().manual_seed(0)
-        lengths = torch.empty(S).log_normal_(7.5, 1.0, generator=generator).long() + 1
-        ids = torch.repeat_interleave(torch.arange(S), lengths)[:S]
-        counts = torch.bincount(ids)
-        pairs = int((counts * (counts + 1) // 2).sum())
-        ids = ids.cuda()
-        mask_mod = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (ids[q_idx] == ids[kv_idx])
-    elif spec.mask == "prefix":
-        prefix = S // 4
-        mask_mod = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) | (kv_idx < prefix)
-        pairs = triangle + prefix * (prefix - 1) // 2
-    elif spec.mask == "alibi":
-        slopes = torch.exp2(-8.0 * torch.arange(1, spec.heads + 1, device="cuda") / spec.heads)
-        score_mod = lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx)
-    elif spec.mask == "softcap":
-        score_mod = lambda s, b, h, q_idx, kv_idx: 20.0 * torch.tanh(s / 20.0)
-    return Problem(mask_mod=mask_mod, score_mod=score_mod, pairs=pairs)
+    return problems.problem(spec.mask, spec.tokens, torch.device("cuda"), spec.heads)
 
 
 def inputs(spec: Spec) -> tuple[Tensor, ...]:

@@ -46,9 +46,7 @@ import ringflex as rf
 from parallel_check import check
 from parallel_measure import (
     MASKS,
-    SHORT,
     Contender,
-    Problem,
     Run,
     Sample,
     Spec,
@@ -66,6 +64,7 @@ from parallel_peers import Peer, one_gpu_sdpa, peers, precompile
 from parallel_plots import plot_all
 from parallel_report import new_record, table
 from parallel_trace import trace
+from problems import SHORT, Problem
 from ringflex.masks.runs import Runs
 from ringflex.parallel.layout import LAYOUTS
 from ringflex.parallel.strategies import STRATEGIES

@@ -18,17 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import problems
 import ringflex as rf
+from problems import Problem
 from ringflex.parallel.comm import Communicator
 
 MASKS = ("causal", "window", "documents", "mixed", "full")
-WINDOW = 4096
-# Share of documents per range of lengths, and the ranges' upper ends: MagiAttention's benchmark.
-_SHARES = (18.6, 28.2, 24.6, 15.7, 7.3, 3.1, 1.3, 0.9, 0.4)
-_ENDS = (200, 500, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _HEAD_START = 3_500_000  # cycles
 _CONTROL_TIMEOUT = datetime.timedelta(minutes=20)  # while one rank compiles or computes alone
-SHORT = 16384  # tokens from which on windows and documents have their true lengths
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -47,52 +44,11 @@ class Spec:
         return f"{self.mask}, {self.tokens:,}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """The mask mod, the same Python function for all contenders, and the visible pairs a head."""
-
-    mask_mod: Any
-    pairs: int
-
-
 def problem(spec: Spec, device: torch.device) -> Problem:
-    """Below 16,384 tokens windows and documents shrink in proportion."""
-    S = spec.tokens
-    triangle = S * (S + 1) // 2
-    if spec.mask == "full":
-        return Problem(mask_mod=rf.full(), pairs=S * S)
-    if spec.mask == "causal":
-        return Problem(mask_mod=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, pairs=triangle)
-    if spec.mask == "window":
-        width = min(WINDOW, max(1, S * WINDOW // SHORT))
-        return Problem(
-            mask_mod=lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < width),
-            pairs=width * (width + 1) // 2 + (S - width) * width,
-        )
-    lengths = _document_lengths(spec.mask, S)
-    lengths = lengths[: int(torch.searchsorted(lengths.cumsum(0), S)) + 1]
-    ids = torch.repeat_interleave(torch.arange(lengths.numel()), lengths)[:S]
-    counts = torch.bincount(ids)
-    ids = ids.to(device)
-    return Problem(
-        mask_mod=lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (ids[q_idx] == ids[kv_idx]),
-        pairs=int((counts * (counts + 1) // 2).sum()),
-    )
-
-
-def _document_lengths(mask: str, tokens: int) -> Tensor:
-    """As many lengths as tokens, the same on every rank: `documents` log-normal, mean about 3k
-    (as in bench_kernels.py); `mixed` by the table above, capped at a quarter of the total."""
-    generator = torch.Generator().manual_seed(0)
-    shrink = min(1.0, tokens / SHORT)
-    if mask == "documents":
-        drawn = torch.empty(tokens).log_normal_(7.5, 1.0, generator=generator)
-        return (drawn * shrink).long() + 1
-    shares, ends = torch.tensor(_SHARES), torch.tensor((0, *_ENDS))
-    which = torch.multinomial(shares, tokens, replacement=True, generator=generator)
-    span = ends[which + 1] - ends[which]
-    drawn = ends[which] + 1 + torch.rand(tokens, generator=generator) * span
-    return (drawn * shrink).long().clamp(1, max(1, tokens // 4))
+    """That of `problems`, with a mask in any case, as plans are made of. Below 16,384 tokens
+    windows and documents shrink in proportion."""
+    found = problems.problem(spec.mask, spec.tokens, device, shrink=True)
+    return dataclasses.replace(found, mask_mod=found.mask_mod or rf.full())
 
 
 @dataclass(frozen=True, kw_only=True)

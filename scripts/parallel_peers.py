@@ -25,7 +25,8 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ringflex as rf
-from parallel_measure import SHORT, Contender, Problem, Run, Spec, World, problem, silent
+from parallel_measure import Contender, Run, Spec, World, problem, silent
+from problems import SHORT, Problem
 
 FLEX = "torch flex, all-gather"
 _LONGEST = 65536  # tokens of what FlexAttention is compiled for ahead: more take much memory

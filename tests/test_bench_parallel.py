@@ -21,6 +21,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import bench_ranks  # noqa: E402
 import parallel_measure as measuring  # noqa: E402
+import problems  # noqa: E402
 import ringflex as rf  # noqa: E402
 from bench_longest import longest  # noqa: E402
 from parallel_peers import GatherZigzag, zigzag_positions  # noqa: E402
@@ -41,19 +42,27 @@ def spec(mask: str, tokens: int) -> measuring.Spec:
 # The problems
 
 
-@pytest.mark.parametrize("mask", measuring.MASKS)
-def test_pairs_are_what_the_mask_shows(mask):
-    p = measuring.problem(spec(mask, 700), CPU)
-    block_mask = rf.create_block_mask(p.mask_mod, None, None, 700, 700)
+@pytest.mark.parametrize("shrink", [False, True])
+@pytest.mark.parametrize("name", [*measuring.MASKS, "prefix", "alibi", "softcap"])
+def test_pairs_are_what_the_mask_shows(name, shrink):
+    p = problems.problem(name, 5000, CPU, shrink=shrink)
+    block_mask = rf.create_block_mask(p.mask_mod or rf.full(), None, None, 5000, 5000)
     assert int(block_mask.to_dense().sum()) == p.pairs
+    if name == "window":
+        assert block_mask.to_dense()[0, 0, -1].sum() == (1250 if shrink else 4096)
+
+
+def test_a_problem_that_does_not_exist():
+    with pytest.raises(ValueError, match="'windows'"):
+        problems.problem("windows", 100, CPU)
 
 
 def test_mixed_documents_follow_the_table():
-    lengths = measuring._document_lengths("mixed", 2**17)
+    lengths = problems.document_lengths("mixed", 2**17)
     shares = torch.histogram(
-        lengths.double(), torch.tensor([0, *measuring._ENDS], dtype=torch.float64) + 0.5
+        lengths.double(), torch.tensor([0, *problems._ENDS], dtype=torch.float64) + 0.5
     ).hist
-    wanted = torch.tensor(measuring._SHARES, dtype=torch.float64)
+    wanted = torch.tensor(problems._SHARES, dtype=torch.float64)
     wanted[-2:] = torch.tensor([wanted[-2:].sum(), 0.0])  # capped at a quarter of the total: 32,768
     assert lengths.max() == 2**15
     assert torch.allclose(shares / shares.sum() * 100, wanted, atol=0.5)
