@@ -31,7 +31,8 @@ class Problem:
 def problem(
     name: str, tokens: int, device: torch.device, heads: int = 1, *, shrink: bool = False
 ) -> Problem:
-    """
+    """One by name.
+
     Args:
         name: full (no mask), window, documents (log-normal lengths, mean about 3k), mixed
             (documents, a few very long), prefix, causal, alibi or softcap; all but full and prefix
