@@ -357,7 +357,7 @@ def main() -> None:
         for m in arguments.masks
     ]
     if world.on_gpu:
-        precompile(world, specs, arguments.peers, seconds=240)
+        precompile(world, specs, arguments.peers, seconds=120)
         world.gather(None)
         say(f"compiled after {time.time() - started:.0f} s")
     if arguments.check:

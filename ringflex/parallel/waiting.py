@@ -151,7 +151,7 @@ def _apart(stage: Stage) -> Array:
 def _on_its_way(plan: Plan) -> float:
     """How long the exchange takes that brings K/V beside the local step, in visible blocks over all
     heads. It ends when all is sent, too."""
-    costs, step, rounds = plan.outline.reads.costs, plan.steps[1], []
+    costs, step, longest = plan.outline.reads.costs, plan.steps[1], 0.0
     for transfers in (step.receives, step.sends):
         near, far = 0, 0
         for transfer in transfers:
@@ -159,8 +159,8 @@ def _on_its_way(plan: Plan) -> float:
                 near += transfer.count
             else:
                 far += transfer.count
-        rounds += [costs.near * near, costs.far * far]
-    return max(rounds)
+        longest = max(longest, costs.near * near, costs.far * far)
+    return longest
 
 
 def _without(mask: BlockMask, stage: Stage, rows: Array, more: bool = False) -> Launch:
