@@ -52,6 +52,13 @@ def test_pairs_are_what_the_mask_shows(name, shrink):
         assert block_mask.to_dense()[0, 0, -1].sum() == (1250 if shrink else 4096)
 
 
+@pytest.mark.parametrize("mask", measuring.MASKS)
+def test_problems_of_several_gpus_have_a_mask(mask):
+    p = measuring.problem(spec(mask, 700), CPU)
+    block_mask = rf.create_block_mask(p.mask_mod, None, None, 700, 700)
+    assert int(block_mask.to_dense().sum()) == p.pairs
+
+
 def test_a_problem_that_does_not_exist():
     with pytest.raises(ValueError, match="'windows'"):
         problems.problem("windows", 100, CPU)
