@@ -4,11 +4,11 @@ The gradients of `triton_backward` in one pass of five products, after Shah et a
 "FlashAttention-3" (2024), section 3 and appendix B: a program keeps 128 keys, 64 to each of two
 warpgroups, and walks the queries that see them, of all heads of a group or of some. Scores are
 transposed, so that weights and their gradients are left operands of dV and dK out of registers; for
-dQ they go through shared memory, and each group computes half of dQ from both halves of the keys:
-half the columns, or, where there are only 64, half the rows. dQ is transposed as well, so that what
-a warp writes to shared memory at once is spread over its banks; it is added into fp32 in global
-memory by TMA, in whatever order programs come to it. So are dK and dV, by atomics, where heads of a
-group are apart, or the queries parted into stretches.
+dQ they go through shared memory. Without a score function, at head dim 128, groups take turns: one
+computes dQ of a tile from both halves of the keys, the other that of the next. Elsewhere each
+computes half of every tile's: half the columns, or, where there are only 64, half the rows. dQ is
+added into fp32 in global memory by TMA, in whatever order programs come to it. So are dK and dV,
+where heads of a group are apart, or the queries parted into stretches (`hopper_gradients`).
 
 The groups need not keep step: dQ of a tile of queries is computed one tile later, when the other
 group has long written its part, so that one group's exponentials meet the other's products. The
@@ -21,10 +21,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -40,18 +38,21 @@ from ringflex.kernels.hopper_common import (
     take,
     write_word,
 )
-from ringflex.kernels.hopper_intrinsics import come, tma_load, wait_for
-from ringflex.kernels.hopper_queries import (
-    DS_STAGES,
+from ringflex.kernels.hopper_gradients import (
     GROUPS,
     ITEM_WORDS,
     KEYS,
     add_dq,
+    add_keys,
     begin_dq,
+    place_of,
+    slots_of_ds,
     stage_dq,
+    take_turns,
 )
+from ringflex.kernels.hopper_intrinsics import tma_load, wait_for
+from ringflex.kernels.hopper_visit import begin_scores, visit
 from ringflex.kernels.triton_common import (
-    LOG2E,
     first_tile,
     following_tile,
     position_of,
@@ -177,65 +178,27 @@ def _produce(
 
 
 @gluon.jit
-def _hidden(
-    p, b, h, q_start, kv_idx, q_limit, kv_limit, mask_tables,
-    mask_mod: gl.constexpr, BLOCK_M: gl.constexpr, S: gl.constexpr,
-):  # fmt: skip
-    """Weights of a tile, `[keys, queries]`, zero where the mask hides them.
-
-    Queries beyond the limit have none already, as their lse is infinite."""
-    q_idx = q_start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S))
-    q_idx = gl.minimum(q_idx, q_limit - 1)[None, :]
-    if mask_mod is not None:
-        at_kv = gl.minimum(kv_idx, kv_limit - 1)
-        p = gl.where(mask_mod(b, h, q_idx, at_kv, mask_tables), p, 0.0)
-    return gl.where(kv_idx < kv_limit, p, 0.0)
-
-
-@gluon.jit
-def _begin_scores(k_tile, buffers, q_full, number, zero, STAGES: gl.constexpr):
-    """Begins the scores of a tile of queries, by its number, once it is there."""
-    slot = number % STAGES
-    mbarrier.wait(q_full.index(slot), number // STAGES & 1)
-    q_tile = buffers[0].index(slot).reshape([zero.shape[1], k_tile.shape[1]])
-    return warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _consume(
     q, dq, results, shared, lengths, heads, group, score_tables, mask_tables, into, scale,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
-    PARTIAL: gl.constexpr, APART: gl.constexpr, SCALED: gl.constexpr, BLOCK_M: gl.constexpr,
-    D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
+    PARTIAL: gl.constexpr, APART: gl.constexpr, BY_TMA: gl.constexpr, SCALED: gl.constexpr,
+    BLOCK_M: gl.constexpr, D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr,
+    DV_PAD: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of consumers: keys `GROUP * KEYS` and on of each tile."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_PAD, 16])
     DV_: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 16])
-    ROWS: gl.constexpr = dq.block_type.shape[2]
-    COLUMNS: gl.constexpr = dq.block_type.shape[3]
-    FIRST_ROW: gl.constexpr = GROUP * (BLOCK_M - ROWS)
-    FIRST_COLUMN: gl.constexpr = GROUP * (D_PAD - COLUMNS)
-    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    FOR_DK: gl.constexpr = gl.DotOperandLayout(0, DK, 2)
-    FOR_DV: gl.constexpr = gl.DotOperandLayout(0, DV_, 2)
-    EARLY: gl.constexpr = score_mod is None and BLOCK_M == 64  # dV before dS: registers suffice
-    AHEAD: gl.constexpr = BLOCK_M == 128  # the next scores before dQ is stored, by measurement
-    FROM_DELTA: gl.constexpr = PARTIAL and score_mod is None  # dP less delta, by measurement
-    WRITTEN: gl.constexpr = FIRST_BARRIER + 2 * STAGES + 2 * GROUP  # dS of this group, by parity
-    THEIRS: gl.constexpr = FIRST_BARRIER + 2 * STAGES + 2 * (1 - GROUP)  # and of the other
-    dtype: gl.constexpr = q.dtype
+    IN_TURN: gl.constexpr = take_turns(dq.block_type, BLOCK_M, D_PAD)
+    THEIRS: gl.constexpr = FIRST_BARRIER + 2 * STAGES + 2 * (1 - GROUP)  # the other group's dS
     buffers, barriers, queue, items = shared
     words, words_full, words_empty = queue[1], queue[2], queue[3]
-    q_buffers, dout_buffers, k_buffers, v_buffers = buffers[:4]
-    lse_rows, delta_rows, ds_buffers, dq_buffers = buffers[4:]
-    q_full, dout_full, kv_full, kv_empty = barriers
+    k_buffers, dq_staged = buffers[2], buffers[7].index(GROUP)
+    q_full, kv_full, kv_empty = barriers[0], barriers[2], barriers[3]
     dk_out, dv_out = results
     kv_len, q_limit, kv_limit = lengths
-    dq_staged = dq_buffers.index(GROUP)
+    limits = (q_limit, kv_limit)
     zero = gl.zeros([KEYS, BLOCK_M], gl.float32, S)
-    zero_dq = gl.zeros([COLUMNS, ROWS], gl.float32, DQ)
     taken = gl.to_tensor(0)
     done = gl.to_tensor(0)
     mbarrier.wait(words_full.index(0), 0)
@@ -250,102 +213,48 @@ def _consume(
         mbarrier.wait(kv_full.index(0), taken & 1)
         if count > 0:
             k_tile = k_buffers.index(GROUP).reshape([KEYS, D_PAD])
-            scores = _begin_scores(k_tile, buffers, q_full, done, zero, STAGES)
+            scores = begin_scores(k_tile, buffers, q_full, done, zero, STAGES)
             masked = read_word(items, done % (2 * STAGES) * ITEM_WORDS + 3)
             s = warpgroup_mma_wait(0, deps=(scores,))
-            for number in range(done, done + count):
-                slot, turn = number % STAGES, number // STAGES & 1
-                # Always 0; unknown to the compiler, which would keep 48 registers of addresses.
-                here = number >> 30
-                k_tile = k_buffers.index(here + GROUP).reshape([KEYS, D_PAD])
-                v_tile = v_buffers.index(here + GROUP).reshape([KEYS, DV_PAD])
-                q_tile = q_buffers.index(slot).reshape([BLOCK_M, D_PAD])
-                mbarrier.wait(dout_full.index(slot), turn)
-                dout_tile = dout_buffers.index(slot).reshape([BLOCK_M, DV_PAD])
-                if FROM_DELTA:
-                    delta_row = delta_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
-                    dp = warpgroup_mma(
-                        v_tile, dout_tile.permute((1, 0)), zero - delta_row, is_async=True
-                    )
-                else:
-                    dp = warpgroup_mma(
-                        v_tile, dout_tile.permute((1, 0)), zero, use_acc=False, is_async=True
-                    )
-                item = number % (2 * STAGES) * ITEM_WORDS
-                h = read_word(items, item + 1)
-                lse_row = lse_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
-                if score_mod is None:
-                    p = gl.exp2(s * (scale * LOG2E) - lse_row)
-                else:
-                    s_raw = s * scale
-                    q_start = read_word(items, item)
-                    q_idx = q_start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S))
-                    q_idx = gl.minimum(q_idx, q_limit - 1)[None, :]
-                    at_kv = gl.minimum(kv_idx, kv_limit - 1)
-                    p = gl.exp2(
-                        score_mod(s_raw, b, h, q_idx, at_kv, score_tables) * LOG2E - lse_row
-                    )
-                if PARTIAL:
-                    if AHEAD:
-                        masked = read_word(items, item + 3)
-                    if masked != 0:
-                        p = _hidden(
-                            p, b, h, read_word(items, item), kv_idx, q_limit,
-                            kv_limit, mask_tables, mask_mod, BLOCK_M, S,
+            fixed = (
+                dq, shared, b, kv_idx, heads, limits, score_tables, mask_tables, into, scale,
+            )  # fmt: skip
+            if IN_TURN:
+                dk, dv, s, masked = visit(
+                    done, dk, dv, s, masked, done, count, fixed,
+                    mask_mod, score_mod, score_grad, HOW, PARTIAL, SCALED, BLOCK_M,
+                    D_PAD, DV_PAD, STAGES, GROUP, False,
+                )  # fmt: skip
+                for number in range(done + 1, done + count, 2):
+                    dk, dv, s, masked = visit(
+                        number, dk, dv, s, masked, done, count, fixed,
+                        mask_mod, score_mod, score_grad, HOW, PARTIAL, SCALED, BLOCK_M,
+                        D_PAD, DV_PAD, STAGES, GROUP, GROUP == 0,
+                    )  # fmt: skip
+                    if number + 1 < done + count:
+                        dk, dv, s, masked = visit(
+                            number + 1, dk, dv, s, masked, done, count, fixed,
+                            mask_mod, score_mod, score_grad, HOW, PARTIAL, SCALED, BLOCK_M,
+                            D_PAD, DV_PAD, STAGES, GROUP, GROUP == 1,
                         )  # fmt: skip
-                if EARLY:
-                    adding_dv = warpgroup_mma(
-                        gl.convert_layout(p.to(dtype), FOR_DV), dout_tile, dv, is_async=True
-                    )
-                    dp = warpgroup_mma_wait(1, deps=(dp,))
-                else:
-                    dp = warpgroup_mma_wait(0, deps=(dp,))
-                if not FROM_DELTA:
-                    dp -= delta_rows.index(slot).load(gl.SliceLayout(0, S))[None, :]
-                ds = p * dp
-                if score_grad is not None:
-                    ds = score_grad(s_raw, ds, b, h, q_idx, at_kv, score_tables, into, HOW, 1)
-                    ds = gl.where(p == 0, 0.0, ds)  # whatever the derivative is where it is hidden
-                ds = ds.to(dtype)
-                # Then their dQ of three tiles before is done, which read what is written now.
-                if number > done:
-                    wait_for(THEIRS + (number - 1) % 2, "256")
-                ds_buffers.index(number % DS_STAGES * GROUPS + GROUP).store(ds)
-                if not EARLY:
-                    adding_dv = warpgroup_mma(
-                        gl.convert_layout(p.to(dtype), FOR_DV), dout_tile, dv, is_async=True
-                    )
-                fence_async_shared()
-                come(WRITTEN + number % 2, "256")
-                # dQ of the tile before; at the first, of no tile, for nothing.
-                before = number + DS_STAGES - 1
-                dq_part = begin_dq(buffers, before, here, zero_dq, FIRST_ROW, FIRST_COLUMN, D_PAD)
-                adding_dk = warpgroup_mma(gl.convert_layout(ds, FOR_DK), q_tile, dk, is_async=True)
-                dv = warpgroup_mma_wait(3, deps=(adding_dv,))
-                come(FIRST_BARRIER + STAGES + slot, HANDOVER)
-                # The next scores; after the last tile, its own once more, for nothing.
-                following = gl.minimum(number + 1, done + count - 1)
-                if AHEAD:
-                    scores = _begin_scores(k_tile, buffers, q_full, following, zero, STAGES)
-                    dq_part = warpgroup_mma_wait(2, deps=(dq_part,))
-                else:
-                    dq_part = warpgroup_mma_wait(1, deps=(dq_part,))
-                stage_dq(dq_staged, dq_part if SCALED else dq_part * scale)
-                if number > done:
-                    add_dq(dq, dq_staged, items, number - 1, b, FIRST_ROW, FIRST_COLUMN, STAGES)
-                if not AHEAD:
-                    scores = _begin_scores(k_tile, buffers, q_full, following, zero, STAGES)
-                    # While they are under way, as a branch on it would wait.
-                    masked = read_word(items, following % (2 * STAGES) * ITEM_WORDS + 3)
-                dk = warpgroup_mma_wait(1, deps=(adding_dk,))
-                s = warpgroup_mma_wait(0, deps=(scores,))
-                come(FIRST_BARRIER + slot, HANDOVER)
+            else:
+                for number in range(done, done + count):
+                    dk, dv, s, masked = visit(
+                        number, dk, dv, s, masked, done, count, fixed,
+                        mask_mod, score_mod, score_grad, HOW, PARTIAL, SCALED, BLOCK_M,
+                        D_PAD, DV_PAD, STAGES, GROUP, True,
+                    )  # fmt: skip
             last = done + count - 1
             wait_for(THEIRS + last % 2, "256")
-            dq_part = begin_dq(buffers, last, 0, zero_dq, FIRST_ROW, FIRST_COLUMN, D_PAD)
-            dq_part = warpgroup_mma_wait(0, deps=(dq_part,))
-            stage_dq(dq_staged, dq_part if SCALED else dq_part * scale)
-            add_dq(dq, dq_staged, items, last, b, FIRST_ROW, FIRST_COLUMN, STAGES)
+            mine = True
+            if IN_TURN:
+                mine = count % 2 != GROUP
+            if mine:
+                dq_part = begin_dq(dq, buffers, last, 0, BLOCK_M, D_PAD, GROUP)
+                dq_part = warpgroup_mma_wait(0, deps=(dq_part,))
+                h, row = place_of(items, last, STAGES)
+                stage_dq(dq, dq_staged, dq_part if SCALED else dq_part * scale)
+                add_dq(dq, dq_staged, b, h, row, heads, BLOCK_M, D_PAD, GROUP)
             done += count
         mbarrier.arrive(kv_empty.index(0), count=1)
         # Read only now: through the loop, it would take registers.
@@ -359,8 +268,13 @@ def _consume(
             dv = dv * (1 / scale)
         else:
             dk = dk * scale
-        _write(dk_out, dk, b, kv_head, start, kv_len, APART, D, D_PAD, DK)
-        _write(dv_out, dv, b, kv_head, start, kv_len, APART, DV, DV_PAD, DV_)
+        if BY_TMA:
+            place = b * (heads // group) + kv_head
+            add_keys(dk_out, dq_staged, place, start, dk)
+            add_keys(dv_out, dq_staged, place, start, dv)
+        else:
+            _write(dk_out, dk, b, kv_head, start, kv_len, APART, D, D_PAD, DK)
+            _write(dv_out, dv, b, kv_head, start, kv_len, APART, DV, DV_PAD, DV_)
         slot = taken % 2
         mbarrier.wait(words_full.index(slot), taken // 2 & 1)
         count = read_word(words, slot * WORDS)
@@ -401,8 +315,8 @@ def hopper_backward_kernel(
     row_stride_b, row_stride_h, order_stride_b, order_stride_h, blocks, kv_stride_b, together,
     units, sections,
     mask_mod: gl.constexpr, score_mod: gl.constexpr, score_grad: gl.constexpr, HOW: gl.constexpr,
-    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr, APART: gl.constexpr, SCALED: gl.constexpr,
-    BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
+    PARTIAL: gl.constexpr, IN_ORDER: gl.constexpr, APART: gl.constexpr, BY_TMA: gl.constexpr,
+    SCALED: gl.constexpr, BLOCK_M: gl.constexpr, TILES_M: gl.constexpr, TILES_N: gl.constexpr,
     D: gl.constexpr, D_PAD: gl.constexpr, DV: gl.constexpr, DV_PAD: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -424,7 +338,8 @@ def hopper_backward_kernel(
     v_buffers = gl.allocate_shared_memory(q.dtype, [GROUPS] + v.block_type.shape, v.layout)
     lse_rows = gl.allocate_shared_memory(gl.float32, [STAGES] + lse.block_type.shape, lse.layout)
     delta_rows = gl.allocate_shared_memory(gl.float32, [STAGES] + lse.block_type.shape, lse.layout)
-    ds_buffers = gl.allocate_shared_memory(q.dtype, [DS_STAGES * GROUPS, KEYS, BLOCK_M], DS_LAYOUT)
+    SLOTS: gl.constexpr = slots_of_ds(dq.block_type, BLOCK_M, D_PAD)
+    ds_buffers = gl.allocate_shared_memory(q.dtype, [SLOTS * GROUPS, KEYS, BLOCK_M], DS_LAYOUT)
     dq_buffers = gl.allocate_shared_memory(gl.float32, [GROUPS] + dq.block_type.shape, dq.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
@@ -462,13 +377,13 @@ def hopper_backward_kernel(
         [
             (_consume, (
                 q, dq, (dk, dv), shared, lengths, heads, group, score_tables, mask_tables, into,
-                scale, mask_mod, score_mod, score_grad, HOW, PARTIAL, APART, SCALED, BLOCK_M,
-                D, D_PAD, DV, DV_PAD, STAGES, 0,
+                scale, mask_mod, score_mod, score_grad, HOW, PARTIAL, APART, BY_TMA, SCALED,
+                BLOCK_M, D, D_PAD, DV, DV_PAD, STAGES, 0,
             )),
             (_consume, (
                 q, dq, (dk, dv), shared, lengths, heads, group, score_tables, mask_tables, into,
-                scale, mask_mod, score_mod, score_grad, HOW, PARTIAL, APART, SCALED, BLOCK_M,
-                D, D_PAD, DV, DV_PAD, STAGES, 1,
+                scale, mask_mod, score_mod, score_grad, HOW, PARTIAL, APART, BY_TMA, SCALED,
+                BLOCK_M, D, D_PAD, DV, DV_PAD, STAGES, 1,
             )),
             (_produce, (
                 q, k, v, dout, lse, delta, shared, lists, padded_len, shape,

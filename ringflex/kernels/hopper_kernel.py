@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ringflex.kernels import triton_kernel
 from ringflex.kernels.block_lists import BlockLists, key_lists, query_lists
@@ -28,6 +29,8 @@ from ringflex.kernels.hopper_launch import (
     counters,
     described,
     described_flat,
+    described_in_lines,
+    has_lines,
     in_sections,
     l2_cache,
     multiprocessors,
@@ -59,6 +62,7 @@ _LARGEST_BACKWARD_DIM = 128
 _EVEN = 0.75  # mean work of rows over the longest's, from which on heads of a group stay together
 _FEW, _MANY = 0.5, 10  # tiles of keys per multiprocessor
 _FORWARD_LIFE, _BACKWARD_LIFE = 1e10, 3.5e10  # FLOP of a program: about 2 and 8 ms
+_TABLES = 16  # that a mask may read where shared memory is full
 _KEPT = 0.75  # of the L2 cache, what programs may walk out of step
 
 
@@ -231,11 +235,15 @@ def backward(
     dk, dv = _sums_of_keys(g) if apart else (g.dk, g.dv)
     score_function = None if mod is None else mod.function()
     D, Dv, D_PAD, DV_PAD = _dims(setup)
-    block_m = 128 if max(D, Dv) <= 64 and mod is None else 64  # what registers allow
+    small = max(D, Dv) <= 64 and mod is None and len(setup.mask_mod.tables) <= _TABLES
+    block_m = 128 if small else 64  # what registers and shared memory allow
+    # Whether each group of consumers computes every other tile's dQ; slower at other head dims.
+    in_turn = mod is None and D_PAD == 128 and has_lines(dq)
+    by_tma = apart and block_m * D_PAD >= 2 * _GROUP * _GROUP and has_lines(dk) and has_lines(dv)
     key = (
         "hopper backward", members, stretches, g.beside, g.behind and g.behind.times,
         kind_of(mod), score_function, dout.stride(), dk.dtype, dk.stride(), dv.stride(),
-        tuple(wanted), alignment(dk, dv), terms.factor == 1,
+        tuple(wanted), alignment(dk, dv), terms.factor == 1, in_turn, by_tma,
     )  # fmt: skip
     ready = setup.prepared.get(key)
     if ready is None:
@@ -264,17 +272,20 @@ def backward(
             ),
             (
                 setup.mask_mod.function, score_function, score_gradient, ADD.value,
-                setup.has_partial(lists), setup.positions.kv_in_order, apart, terms.factor != 1,
-                block_m, tiles_m, tiles_n, D, D_PAD, Dv, DV_PAD, 2, *_REGISTERS,
+                setup.has_partial(lists), setup.positions.kv_in_order, apart, by_tma,
+                terms.factor != 1, block_m, tiles_m, tiles_n, D, D_PAD, Dv, DV_PAD, 2, *_REGISTERS,
             ),
             Tile(block_m, _STAYS, 4, 2),
         )  # fmt: skip
         setup.keep(key, ready)
+    columns = 128 if in_turn else _GROUP  # what dQ leaves room for
     g.make_room()
     ready(
         described(q, block_m, D_PAD), described(k, _GROUP, D_PAD), described(v, _GROUP, DV_PAD),
         described(dout, block_m, DV_PAD), *(described_flat(x, block_m) for x in terms[:2]),
-        described(dq, block_m * D_PAD // (2 * _GROUP), _GROUP), strided(dk), strided(dv),
+        _described_dq(dq, block_m, D_PAD, in_turn),
+        described_in_lines(dk, min(D_PAD, columns)) if by_tma else strided(dk),
+        described_in_lines(dv, min(DV_PAD, columns)) if by_tma else strided(dv),
         counters(q.device, g.behind), () if mod is None else mod.arguments,
         gradient_arguments(pairs), scale,
     )  # fmt: skip
@@ -285,6 +296,13 @@ def backward(
     if mod is not None and any(wanted):
         sums = iter(total for total, _ in pairs)
         mod.add_to_captures([next(sums) if want else None for want in wanted], g.dcaptures)
+
+
+def _described_dq(dq: Tensor, block_m: int, padded: int, in_turn: bool) -> TensorDescriptor:
+    """What a group of consumers adds at once: dQ of a tile, or half of it."""
+    if in_turn:
+        return described_in_lines(dq, padded)
+    return described(dq, block_m * padded // (2 * _GROUP), _GROUP)
 
 
 def _has_few_tiles(v: Tensor) -> bool:

@@ -18,12 +18,29 @@ from ringflex.kernels.device_arrays import to_device
 _COUNTERS = 2048  # launches that may be under way at once
 _ALL = 1 << 30  # tiles
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+_LINES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=5)
 _FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 
 def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """As `triton_setup.described`: `x [B, H, S, D]` in tiles of `rows` x `columns`."""
     return _descriptor(x, [1, 1, rows, columns], _layout(rows, columns, x.dtype))
+
+
+def has_lines(x: Tensor) -> bool:
+    """Whether `described_in_lines` can describe `x`."""
+    (B, H, S, _), strides = x.shape, x.stride()
+    heads_follow = B == 1 or H == 1 or strides[0] == H * strides[1]
+    aligned = strides[1] % 4 == strides[2] % 4 == 0 and strides[3] == 1
+    return x.dtype == torch.float32 and S % 8 == 0 and heads_follow and aligned
+
+
+def described_in_lines(x: Tensor, columns: int) -> TensorDescriptor:
+    """fp32 `x [B, H, S, D]` in tiles of 64 rows, which shared memory has in another order: row i of
+    8 is line i % 4 * 2 + i // 4 (`hopper_gradients`)."""
+    S, D = x.shape[2:]
+    parted = x.view(-1, S // 8, 2, 4, D).transpose(2, 3)
+    return _descriptor(parted, [1, 8, 4, 2, columns], _LINES)
 
 
 def described_flat(x: Tensor, count: int) -> TensorDescriptor:
