@@ -62,7 +62,7 @@ _LARGEST_BACKWARD_DIM = 128
 _EVEN = 0.75  # mean work of rows over the longest's, from which on heads of a group stay together
 _FEW, _MANY = 0.5, 10  # tiles of keys per multiprocessor
 _FORWARD_LIFE, _BACKWARD_LIFE = 1e10, 3.5e10  # FLOP of a program: about 2 and 8 ms
-_TABLES = 16  # that a mask may read where shared memory is full
+_TABLES = 40  # a mask's tensors and their sizes, for which full shared memory has room
 _KEPT = 0.75  # of the L2 cache, what programs may walk out of step
 
 
