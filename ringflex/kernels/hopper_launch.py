@@ -29,18 +29,20 @@ def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 def has_lines(x: Tensor) -> bool:
     """Whether `described_in_lines` can describe `x`."""
-    (B, H, S, _), strides = x.shape, x.stride()
-    heads_follow = B == 1 or H == 1 or strides[0] == H * strides[1]
-    aligned = strides[1] % 4 == strides[2] % 4 == 0 and strides[3] == 1
-    return x.dtype == torch.float32 and S % 8 == 0 and heads_follow and aligned
+    (B, H, S, _), (of_batch, of_head, of_row, of_column) = x.shape, x.stride()
+    follow = B == 1 or H == 1 or of_batch == H * of_head
+    aligned = (of_batch if H == 1 else of_head) % 4 == of_row % 4 == 0 and of_column == 1
+    return x.dtype == torch.float32 and S % 8 == 0 and follow and aligned
 
 
 def described_in_lines(x: Tensor, columns: int) -> TensorDescriptor:
     """fp32 `x [B, H, S, D]` in tiles of 64 rows, which shared memory has in another order: row i of
-    8 is line i % 4 * 2 + i // 4 (`hopper_gradients`)."""
-    S, D = x.shape[2:]
-    parted = x.view(-1, S // 8, 2, 4, D).transpose(2, 3)
-    return _descriptor(parted, [1, 8, 4, 2, columns], _LINES)
+    8 is line i % 4 * 2 + i // 4 (`hopper_gradients`). Its first dimension is `B * H`."""
+    (B, H, S, D), (of_batch, of_head, of_row, _) = x.shape, x.stride()
+    descriptor = _descriptor(x, [1, 8, 4, 2, columns], _LINES)
+    descriptor.shape = [B * H, S // 8, 4, 2, D]
+    descriptor.strides = [of_batch if H == 1 else of_head, 8 * of_row, of_row, 4 * of_row, 1]
+    return descriptor
 
 
 def described_flat(x: Tensor, count: int) -> TensorDescriptor:

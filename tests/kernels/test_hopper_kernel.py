@@ -21,15 +21,17 @@ TILES = (("forward", Tile(64, 64, 4, 2)),)
 
 
 class Launches:
-    """What would be launched: names of kernels."""
+    """What would be launched: names of kernels, and what is called with the varying arguments."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.calls: list[mock.Mock] = []
 
     def prepared(self, kernel: Any, *_: Any) -> Any:
         self.names.append(kernel.__name__)
         found = mock.Mock()
         found.tile = Tile(128, 128, 4, 2)
+        self.calls.append(found)
         return found
 
 
@@ -299,6 +301,52 @@ def test_the_queue_knows_the_work(
     )  # fmt: skip
     pairs = 2 * 256 * 256
     assert given == [(4, 4 * 64 * pairs), (4 if apart else 2, 10 * 64 * pairs)]
+
+
+LINES, HALF, MORE = [1, 8, 4, 2, 128], [1, 1, 64, 64], [1, 8, 4, 2, 64]
+
+
+@pytest.mark.parametrize(
+    ("D", "Dv", "tokens", "score", "batch", "bshd", "dq", "dk", "dv"),
+    [
+        (128, 128, 256, None, 1, False, LINES, LINES, LINES),
+        (128, 128, 256, None, 2, False, LINES, LINES, LINES),
+        (128, 128, 256, None, 1, True, LINES, LINES, LINES),
+        (128, 128, 256, None, 2, True, HALF, MORE, MORE),  # heads do not follow each other
+        (96, 64, 256, None, 1, False, LINES, LINES, MORE),
+        (128, 128, 252, None, 1, False, HALF, None, None),
+        (128, 128, 256, rf.softcap(20.0), 1, False, HALF, MORE, MORE),
+        (64, 64, 256, None, 1, False, HALF, MORE, MORE),
+        (64, 128, 256, None, 1, False, [1, 1, 32, 64], None, None),  # leaves too little room
+        (64, 64, 256, rf.softcap(20.0), 1, False, [1, 1, 32, 64], None, None),
+    ],
+)
+def test_what_is_added_at_once(
+    D: int, Dv: int, tokens: int, score: Any, batch: int, bshd: bool,
+    dq: list[int], dk: list[int] | None, dv: list[int] | None,
+    launches: Launches, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A whole tile of dQ where groups of consumers take turns, half elsewhere; tiles of dK and dV
+    where heads are apart, or None: by atomics."""
+    monkeypatch.setattr(hopper_kernel, "_heads_of_a_tile", lambda *_: 1)
+
+    def zeros(heads: int, dim: int) -> torch.Tensor:
+        shape = (batch, tokens, heads, dim) if bshd else (batch, heads, tokens, dim)
+        x = torch.zeros(shape, dtype=torch.bfloat16)
+        return x.transpose(1, 2) if bshd else x
+
+    q, k, v, dout = zeros(2, D), zeros(1, D), zeros(1, Dv), zeros(2, Dv)
+    mask = rf.create_block_mask(rf.causal(), None, None, tokens, tokens)
+    terms = RowTerms(*(torch.zeros(batch, 2, 256) for _ in range(2)))
+    gradients = Gradients(
+        dq=torch.zeros_like(q), dk=zeros(1, D), dv=zeros(1, Dv), dcaptures=[]
+    )  # fmt: skip
+    traced = None if score is None else trace_score(score, torch.float32)
+    hopper_kernel.backward(
+        dout, q, k, v, terms, mask, traced, 0.125, gradients, KernelOptions()
+    )  # fmt: skip
+    given = launches.calls[-1].call_args.args[6:9]
+    assert [getattr(x, "block_shape", None) for x in given] == [dq, dk, dv]
 
 
 @pytest.mark.parametrize("cache", [0, 50 << 20])
