@@ -2,6 +2,7 @@
 
     git worktree add ../before 71c3633
     python scripts/compare_versions.py ../before --masks full causal --dims 64 128
+    python scripts/compare_versions.py ../before --passes backward
 
 Between two processes the same kernel differs by up to a tenth, as GPUs get hot; between calls in
 turn, in an order that changes, by a percent. Prints a row for each problem of `bench_kernels.py`:
@@ -12,6 +13,7 @@ apart, relative to the other's norm. Writes JSON to `benchmarks/results/`.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
 import json
@@ -19,7 +21,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +36,7 @@ from commit import current_commit
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ringflex"
 _FILLER = 8192  # rows of products that keep the GPU busy while the host is ahead
+PASSES = ("forward", "backward", "both")
 Run = Callable[[], list[Tensor]]
 
 
@@ -98,26 +101,39 @@ def take_turns(
 
 
 def attention(
-    version: Version, mask_mod: Any, score_mod: Any, tensors: tuple[Tensor, ...], backward: bool
+    version: Version, mask_mod: Any, score_mod: Any, tensors: tuple[Tensor, ...], passes: str
 ) -> Run:
-    """A call of a version's `flex_attention`, on q, k, v; with `backward`, then dq, dk, dv as well.
+    """A call of a version's `flex_attention` on q, k, v, of its gradients alone, or of both.
 
-    tensors: q, k, v, dout.
+    passes: of `PASSES`. tensors: q, k, v, dout.
     """
     (*leaves, dout), rf = tensors, version.package
     S = dout.shape[2]
     with version.in_use():
         mask = mask_mod and rf.create_block_mask(mask_mod, None, None, S, S, device=dout.device)
 
-    def run() -> list[Tensor]:
-        with version.in_use(), torch.set_grad_enabled(backward):
-            out = rf.flex_attention(*leaves, score_mod, mask, enable_gqa=True)
-            return [out, *torch.autograd.grad(out, leaves, dout)] if backward else [out]
+    def forward() -> Tensor:
+        with version.in_use(), torch.set_grad_enabled(passes != "forward"):
+            found: Tensor = rf.flex_attention(*leaves, score_mod, mask, enable_gqa=True)
+            return found
 
-    return run
+    def backward(out: Tensor) -> list[Tensor]:
+        with version.in_use():
+            return list(torch.autograd.grad(out, leaves, dout, retain_graph=passes == "backward"))
+
+    if passes == "forward":
+        return lambda: [forward()]
+    if passes == "backward":
+        return functools.partial(backward, forward())
+
+    def both() -> list[Tensor]:
+        out = forward()
+        return [out, *backward(out)]
+
+    return both
 
 
-def apart(found: list[Tensor], expected: list[Tensor]) -> float:
+def apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest distance of a result from what is expected, relative to its norm."""
     distances = (
         ((x.float() - y.float()).norm() / y.float().norm()).item()
@@ -136,7 +152,7 @@ def main() -> None:
     parser.add_argument("--masks", nargs="+", default=list(MASKS), choices=MASKS)
     parser.add_argument("--lengths", nargs="+", type=int, default=[16384])
     parser.add_argument("--dims", nargs="+", type=int, default=[128])
-    parser.add_argument("--backward", action="store_true", help="with the backward")
+    parser.add_argument("--passes", choices=PASSES, default="forward")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each problem")
     parser.add_argument(
         "--commits", nargs=2, metavar=("BEFORE", "NOW"), help="where git cannot tell them"
@@ -169,7 +185,7 @@ def main() -> None:
         spec = Spec(mask=mask, tokens=tokens, heads=32, kv_heads=8, dim=dim)
         p, tensors = problem(spec), inputs(spec)
         runs = {
-            name: attention(version, p.mask_mod, p.score_mod, tensors, arguments.backward)
+            name: attention(version, p.mask_mod, p.score_mod, tensors, arguments.passes)
             for name, version in versions.items()
         }
         results = {name: run() for name, run in runs.items()}  # compiles
@@ -177,7 +193,7 @@ def main() -> None:
         marks = take_turns(runs, begin, mark, arguments.seconds)
         torch.cuda.synchronize()
         ms = {n: statistics.median(a.elapsed_time(b) for a, b in x) for n, x in marks.items()}
-        row = {**asdict(spec), "backward": arguments.backward, **ms, "apart": difference}
+        row = {**asdict(spec), "passes": arguments.passes, **ms, "apart": difference}
         record["rows"].append(row | {"times_as_fast": ms["before"] / ms["now"]})
         print(
             f"{spec}: {ms['before']:.3f} ms before, {ms['now']:.3f} ms now, "
