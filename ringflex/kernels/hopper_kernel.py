@@ -239,7 +239,8 @@ def backward(
     block_m = 128 if small else 64  # what registers and shared memory allow
     # Whether each group of consumers computes every other tile's dQ; slower at other head dims.
     in_turn = mod is None and D_PAD == 128 and has_lines(dq)
-    by_tma = apart and block_m * D_PAD >= 2 * _GROUP * _GROUP and has_lines(dk) and has_lines(dv)
+    by_tma = apart and has_lines(dk) and has_lines(dv) and not alignment(dk, dv)
+    by_tma &= block_m * D_PAD >= 2 * _GROUP * _GROUP  # where room is left for that
     key = (
         "hopper backward", members, stretches, g.beside, g.behind and g.behind.times,
         kind_of(mod), score_function, dout.stride(), dk.dtype, dk.stride(), dv.stride(),

@@ -349,6 +349,23 @@ def test_what_is_added_at_once(
     assert [getattr(x, "block_shape", None) for x in given] == [dq, dk, dv]
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_what_tma_cannot_address_is_added_by_atomics(
+    offset: int, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hopper_kernel, "_heads_of_a_tile", lambda *_: 1)
+    q, k, v, dout = tensors(128, 128)
+    mask = rf.create_block_mask(rf.causal(), None, None, 256, 256)
+    terms = RowTerms(*(torch.zeros(1, 2, 256) for _ in range(2)))
+    dk = torch.zeros(k.numel() + 1)[offset:][: k.numel()].view(k.shape)
+    gradients = Gradients(dq=torch.zeros_like(q), dk=dk, dv=v.float(), dcaptures=[])
+    hopper_kernel.backward(
+        dout, q, k, v, terms, mask, None, 0.125, gradients, KernelOptions()
+    )  # fmt: skip
+    given = launches.calls[-1].call_args.args[7:9]
+    assert [hasattr(x, "block_shape") for x in given] == [not offset] * 2
+
+
 @pytest.mark.parametrize("cache", [0, 50 << 20])
 def test_heads_apart_add_into_zeros_in_fp32(
     cache: int, launches: Launches, monkeypatch: pytest.MonkeyPatch
