@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflex.kernels.hopper_common import read_word
-from ringflex.kernels.hopper_intrinsics import tma_add
+from ringflex.kernels.hopper_intrinsics import shared_as, tma_add
 
 KEYS = gl.constexpr(64)  # per warpgroup
 GROUPS = gl.constexpr(2)
@@ -63,9 +63,9 @@ def add_keys(x, staged, place, row, value):
 @gluon.jit
 def _add_lines(x, staged, place, row, column, value):
     tma.store_wait(0)
-    staged._reinterpret(gl.float32, value.shape, _lines(value.shape[1])).store(value)
+    shared_as(staged, gl.float32, value.shape, _lines(value.shape[1])).store(value)
     fence_async_shared()
-    lines = staged._reinterpret(gl.float32, x.block_type.shape, x.layout)
+    lines = shared_as(staged, gl.float32, x.block_type.shape, x.layout)
     tma_add(x, [place, row // 8, 0, 0, column], lines)
 
 
@@ -106,7 +106,7 @@ def stage_dq(dq, staged, part):
     """Puts that into shared memory, once what was there has left."""
     tma.store_wait(0)
     if len(dq.block_type.shape) == 5:
-        staged._reinterpret(gl.float32, part.shape, _lines(part.shape[1])).store(part)
+        shared_as(staged, gl.float32, part.shape, _lines(part.shape[1])).store(part)
     else:
         staged.reshape([part.shape[1], part.shape[0]]).permute((1, 0)).store(part)
     fence_async_shared()

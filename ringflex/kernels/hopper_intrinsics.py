@@ -1,7 +1,8 @@
 """What Gluon 3.6 lacks on Hopper, by means that are tied to Triton's version.
 
-Named barriers and packed conversions are inline assembly; adding a tile of shared memory to global
-memory by TMA calls the IR builder. `obstacle()` says where these are not known to work.
+Named barriers and packed conversions are inline assembly; what adds a tile of shared memory to
+global memory by TMA, or sees it in another layout, calls the IR builder. `obstacle()` says where
+these are not known to work.
 """
 
 from __future__ import annotations
@@ -111,6 +112,14 @@ def unpacked(x, dtype: gl.constexpr, layout: gl.constexpr):
     )
     halves = gl.join(even.to(dtype, bitcast=True), odd.to(dtype, bitcast=True))
     return gl.convert_layout(gl.reshape(halves, [x.shape[0], 2 * x.shape[1]]), layout)
+
+
+@_core.builtin
+def shared_as(src, dtype, shape, layout, _semantic=None):
+    """Shared memory, seen in another dtype, shape and layout."""
+    plain = _core._unwrap_if_constexpr
+    shape = [plain(n) for n in plain(shape)]
+    return _semantic.memdesc_reinterpret(src, plain(dtype), shape, plain(layout))
 
 
 @_core.builtin
