@@ -189,7 +189,7 @@ def _consume(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_PAD, 16])
     DV_: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 16])
-    IN_TURN: gl.constexpr = take_turns(dq.block_type, BLOCK_M, D_PAD)
+    IN_TURN: gl.constexpr = take_turns(dq.block_type)
     THEIRS: gl.constexpr = FIRST_BARRIER + 2 * STAGES + 2 * (1 - GROUP)  # the other group's dS
     buffers, barriers, queue, items = shared
     words, words_full, words_empty = queue[1], queue[2], queue[3]
@@ -219,7 +219,7 @@ def _consume(
             fixed = (
                 dq, shared, b, kv_idx, heads, limits, score_tables, mask_tables, into, scale,
             )  # fmt: skip
-            if IN_TURN:
+            if IN_TURN:  # two bodies: a branch on whose turn it is was slower, by measurement
                 dk, dv, s, masked = visit(
                     done, dk, dv, s, masked, done, count, fixed,
                     mask_mod, score_mod, score_grad, HOW, PARTIAL, SCALED, BLOCK_M,
@@ -338,7 +338,7 @@ def hopper_backward_kernel(
     v_buffers = gl.allocate_shared_memory(q.dtype, [GROUPS] + v.block_type.shape, v.layout)
     lse_rows = gl.allocate_shared_memory(gl.float32, [STAGES] + lse.block_type.shape, lse.layout)
     delta_rows = gl.allocate_shared_memory(gl.float32, [STAGES] + lse.block_type.shape, lse.layout)
-    SLOTS: gl.constexpr = slots_of_ds(dq.block_type, BLOCK_M, D_PAD)
+    SLOTS: gl.constexpr = slots_of_ds(dq.block_type)
     ds_buffers = gl.allocate_shared_memory(q.dtype, [SLOTS * GROUPS, KEYS, BLOCK_M], DS_LAYOUT)
     dq_buffers = gl.allocate_shared_memory(gl.float32, [GROUPS] + dq.block_type.shape, dq.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()

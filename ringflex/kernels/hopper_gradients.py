@@ -25,15 +25,15 @@ ITEM_WORDS = gl.constexpr(4)  # of a tile of queries: position, head, start, whe
 
 
 @gluon.constexpr_function
-def take_turns(block, BLOCK_M, D_PAD):
-    """Whether a tile's dQ is one group's, by what it adds at once."""
-    return block.nbytes == 4 * BLOCK_M * D_PAD
+def take_turns(block):
+    """Whether dQ of a tile is one group's: then what a group adds at once is described in lines."""
+    return len(block.shape) == 5
 
 
 @gluon.constexpr_function
-def slots_of_ds(block, BLOCK_M, D_PAD):
+def slots_of_ds(block):
     """Of dS: a tile's, the last one's and, unless groups take turns, what the other still reads."""
-    return 2 if take_turns(block, BLOCK_M, D_PAD) else 3
+    return 2 if take_turns(block) else 3
 
 
 @gluon.constexpr_function
@@ -63,10 +63,15 @@ def add_keys(x, staged, place, row, value):
 @gluon.jit
 def _add_lines(x, staged, place, row, column, value):
     tma.store_wait(0)
-    shared_as(staged, gl.float32, value.shape, _lines(value.shape[1])).store(value)
+    _store_lines(staged, value)
     fence_async_shared()
     lines = shared_as(staged, gl.float32, x.block_type.shape, x.layout)
     tma_add(x, [place, row // 8, 0, 0, column], lines)
+
+
+@gluon.jit
+def _store_lines(staged, value):
+    shared_as(staged, gl.float32, value.shape, _lines(value.shape[1])).store(value)
 
 
 @gluon.jit
@@ -75,11 +80,11 @@ def begin_dq(
 ):  # fmt: skip
     """Begins what a group computes of dQ of a tile: `[rows, columns]` in lines, or transposed."""
     SHAPE: gl.constexpr = dq.block_type.shape
-    first = number % slots_of_ds(dq.block_type, BLOCK_M, D_PAD) * GROUPS
+    first = number % slots_of_ds(dq.block_type) * GROUPS
     k_buffers, ds_buffers = buffers[2], buffers[6]
     k_first = k_buffers.index(here).reshape([KEYS, D_PAD])
     k_second = k_buffers.index(here + 1).reshape([KEYS, D_PAD])
-    if len(SHAPE) == 5:
+    if take_turns(dq.block_type):
         LINES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_PAD, 16])
         zero = gl.zeros([BLOCK_M, D_PAD], gl.float32, LINES)
         ds_first = ds_buffers.index(first).permute((1, 0))
@@ -105,8 +110,8 @@ def begin_dq(
 def stage_dq(dq, staged, part):
     """Puts that into shared memory, once what was there has left."""
     tma.store_wait(0)
-    if len(dq.block_type.shape) == 5:
-        shared_as(staged, gl.float32, part.shape, _lines(part.shape[1])).store(part)
+    if take_turns(dq.block_type):
+        _store_lines(staged, part)
     else:
         staged.reshape([part.shape[1], part.shape[0]]).permute((1, 0)).store(part)
     fence_async_shared()
@@ -126,7 +131,7 @@ def add_dq(
 ):  # fmt: skip
     """Adds it to dQ from a row on, which is the tile's first."""
     SHAPE: gl.constexpr = dq.block_type.shape
-    if len(SHAPE) == 5:
+    if take_turns(dq.block_type):
         tma_add(dq, [b * heads + h, row // 8, 0, 0, 0], staged)
     else:
         first_row = GROUP * (BLOCK_M - SHAPE[2])

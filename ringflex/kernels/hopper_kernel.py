@@ -237,7 +237,8 @@ def backward(
     D, Dv, D_PAD, DV_PAD = _dims(setup)
     small = max(D, Dv) <= 64 and mod is None and len(setup.mask_mod.tables) <= _TABLES
     block_m = 128 if small else 64  # what registers and shared memory allow
-    # Whether each group of consumers computes every other tile's dQ; slower at other head dims.
+    # Whether each group of consumers computes every other tile's dQ. That was slower where D_PAD
+    # is 64, and has not been tried with score mods.
     in_turn = mod is None and D_PAD == 128 and has_lines(dq)
     by_tma = apart and has_lines(dk) and has_lines(dv) and not alignment(dk, dv)
     by_tma &= block_m * D_PAD >= 2 * _GROUP * _GROUP  # where room is left for that

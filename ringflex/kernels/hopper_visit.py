@@ -77,8 +77,8 @@ def visit(
     DV_: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV_PAD, 16])
     FOR_DK: gl.constexpr = gl.DotOperandLayout(0, DK, 2)
     FOR_DV: gl.constexpr = gl.DotOperandLayout(0, DV_, 2)
-    IN_TURN: gl.constexpr = take_turns(dq.block_type, BLOCK_M, D_PAD)
-    SLOTS: gl.constexpr = slots_of_ds(dq.block_type, BLOCK_M, D_PAD)
+    IN_TURN: gl.constexpr = take_turns(dq.block_type)
+    SLOTS: gl.constexpr = slots_of_ds(dq.block_type)
     EARLY: gl.constexpr = score_mod is None and BLOCK_M == 64  # dV before dS: registers suffice
     AHEAD: gl.constexpr = BLOCK_M == 128  # the next scores before dQ is stored, by measurement
     FROM_DELTA: gl.constexpr = PARTIAL and score_mod is None  # dP less delta, by measurement
