@@ -61,7 +61,7 @@ def flex_attention(
         enable_gqa: allow `Hq` to be a multiple of `Hkv`.
         return_lse: return `(out, lse)`.
         kernel_options: a dict of `ringflex.kernels.contract.KernelOptions`: deterministic,
-            backward, approximate_tanh, tune, tiles, tma.
+            backward, gradient_dtype, approximate_tanh, tune, tiles, tma.
         return_aux: torch's `AuxRequest`; `lse` can be had, `max_scores` cannot.
         sinks: `[Hq]`, a learned logit per head that takes part in the softmax without a value.
         backend: "auto" (the fastest that serves: "hopper" on Hopper GPUs, "triton" on GPUs, "eager"
@@ -168,7 +168,9 @@ def _resolve(
         score = traced_score(score_mod, compute_dtype(query.dtype))
         check.check_score(score, query)
         check.check_score_reads(score, plan, query)
-    chosen = select(backend, query, value, plan.rows, score)
+    leaves = (query, key, value, sinks, *(score.captures if score else ()))
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    chosen = select(backend, query, value, plan.rows, score, training)
     return plan, score, check.resolve_scale(scale, query.shape[3]), chosen
 
 

@@ -141,13 +141,15 @@ def check_score_reads(score: TracedMod, plan: Plan, q: Tensor) -> None:
     """Asks the score mod at the corners of every run of blocks that the local queries see.
 
     A captured tensor that is too short for one rank alone would stop it amid the transfers.
-    (On a GPU a read out of bounds ends the process by itself.)
+    (On a GPU, where looking would stall the stream, the Triton kernels read the nearest element.)
     """
     rows = plan.rows
     if q.device.type != "cpu" or not score.captures:
         return
     bq, bk = rows.block_size
     for runs in (rows.full, rows.partial):
+        if not runs.row.size:
+            continue
         group, block = np.divmod(runs.row, rows.q_blocks)
         b = group // rows.H % rows.kv_starts.shape[0]
         q_end = np.minimum(rows.q_starts[block] + bq, rows.q_limit) - 1

@@ -106,8 +106,19 @@ def _float_division(
         below = e.let(wrong, torch.bool, [rest, y])
         one_less = f"tl.where({below.text}, {whole.text} - 1.0, {whole.text})"
         added = f"tl.where({below.text}, {rest.text} + {y.text}, {rest.text})"
-        whole, rest = e.let(one_less, double, [whole, y]), e.let(added, double, [rest, y])
+        whole = _unless_infinite(e, e.let(one_less, double, [whole, y]), rest, y)
+        rest = e.let(added, double, [rest, y])
     return e.cast(whole, out), e.cast(rest, out)
+
+
+def _unless_infinite(e: Emitter, whole: Value, rest: Value, y: Value) -> Value:
+    """Where there is no remainder, torch has no whole quotient either, but by zero."""
+    if y.number == 0:
+        return whole
+    text = f"tl.where({rest.text} == {rest.text}, {whole.text}, {rest.text})"
+    if not y.is_number:
+        text = f"tl.where({y.text} == 0, {whole.text}, {text})"
+    return e.let(text, torch.float64, [whole, rest, y])
 
 
 def _c_remainder(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:

@@ -129,6 +129,8 @@ class GraphWriter:
         try:
             if packet is _aten.index:
                 return self._index(node)
+            if dtype not in TRITON_NAMES:
+                raise Unsupported(f"it computes in {dtype}")
             if packet in _SHAPING:
                 return _SHAPING[packet](node, self.value_of(node.args[0]))
             if packet is operator.getitem:

@@ -217,7 +217,8 @@ def backward(
     dout = dout if describable(dout) else dout.contiguous()
     tiles = setup.batch * setup.kv_heads * mask.kv_blocks * (mask.block_size[1] // _STAYS)
     many = terms.delta.numel() >= 2**31  # row terms, whose places are counted in 32 bits
-    if many or not setup.describable or alignment(q, k, v, dout):
+    fit = setup.describable and describable(dout) and q.shape[3] % 4 == 0  # rows of dQ are fp32
+    if many or not fit or alignment(q, k, v, dout):
         if g.running_q is not None:  # which is added to, as it may be by other calls meanwhile
             options = replace(options, backward="one_pass")
         terms = _without_factor(terms)

@@ -94,7 +94,12 @@ def lower_gradient(
     position = 0
     for i, (node, wanted) in enumerate(zip(_wanted(gradient, dtables), gradient.scattered)):
         if wanted:
-            for indices, added in scatters(node):
+            try:
+                terms = scatters(node)
+            except NotImplementedError as problem:
+                name = gradient.mod.name
+                raise NotImplementedError(f"score_mod '{name}': {problem}") from None
+            for indices, added in terms:
                 writer.scatter(i, position, indices, added)
             position += 2 + max(0, specs[i].ndim - 1)
     value = number(0.0)

@@ -1,7 +1,7 @@
 """aten operations on scalars as Triton source: one rule per operation.
 
 Approximations, as errors relative to the result, in fp32: `tanh` 8e-7 (absolute 2e-7 where it is
-only scaled and added to the score, as in a softcap), `erf`, `log1p`, `expm1` and `softplus` 1e-6;
+only scaled and added to the score, as in a softcap), `erf`, `log1p`, `expm1` and `softplus` 1e-6, `erfc` 8e-6;
 `pow(x, y)` with y not a small integer 2e-7 * (1 + abs(y * log2(x))); `division_rules` has those
 of quotients. With the option `approximate_tanh`, `tanh` is the GPU's own
 instruction on NVIDIA (sm_75 and later), relative error 2^-11 = 5e-4.
@@ -249,7 +249,8 @@ def _rounding(template: str) -> Rule:
 
 
 def _tanh(e: Emitter, out: torch.dtype, x: Value) -> Value:
-    return _function(f"{e.tanh}({{0}})")(e, out, x)
+    name = "accurate_tanh" if out == torch.float64 else e.tanh  # the GPU's own is of fp32
+    return _function(f"{name}({{0}})")(e, out, x)
 
 
 def _power(e: Emitter, out: torch.dtype, x: Value, y: Value) -> Value:
@@ -397,7 +398,7 @@ RULES: dict[Any, Rule] = {
     _aten.silu: _function("{0} * sigmoid({0})"),
     _aten.gelu: _gelu,
     _aten.erf: _function("tl.erf({0})"),
-    _aten.erfc: _function("1.0 - tl.erf({0})"),
+    _aten.erfc: _function("erfc({0})"),
     _aten.softplus: _softplus,
     _aten.log_sigmoid_forward: _function("-softplus(-{0}, 1.0, 20.0)"),
     _aten.mish: _function("{0} * accurate_tanh(softplus({0}, 1.0, 20.0))"),

@@ -29,9 +29,14 @@ class Selection(NamedTuple):
 
 
 def select(
-    backend: str, q: Tensor, v: Tensor, mask: BlockMask, score: TracedMod | None
+    backend: str,
+    q: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    score: TracedMod | None,
+    training: bool = True,
 ) -> Selection:
-    """The kernel for these inputs: `backend` is a name, or "auto".
+    """The kernel for these inputs: `backend` is a name, or "auto"; training: with a backward.
 
     On a GPU, "auto" takes the Hopper kernels where they serve, then the portable Triton kernels,
     and warns, once for each reason, where it must fall back to the eager kernel. On a CPU it takes
@@ -48,7 +53,7 @@ def select(
         return Selection(eager, "eager", "asked for")
     if backend == "auto" and q.device.type == "cpu":
         return Selection(eager, "eager", "the inputs are on a CPU")
-    obstacle = _obstacle(q, v, mask, score)
+    obstacle = _obstacle(q, v, mask, score, training)
     if obstacle is None and backend != "triton":
         missing = _hopper_obstacle(q, v, mask)
         if missing is None:
@@ -72,7 +77,9 @@ def select(
     return Selection(eager, "eager", obstacle)
 
 
-def _obstacle(q: Tensor, v: Tensor, mask: BlockMask, score: TracedMod | None) -> str | None:
+def _obstacle(
+    q: Tensor, v: Tensor, mask: BlockMask, score: TracedMod | None, training: bool
+) -> str | None:
     """Why the Triton kernel cannot serve these inputs; None if it can."""
     if q.dtype == torch.float64:
         return "the inputs are fp64"
@@ -82,7 +89,8 @@ def _obstacle(q: Tensor, v: Tensor, mask: BlockMask, score: TracedMod | None) ->
         return f"blocks of {mask.block_size} tokens are not multiples of 16"
     if max(mask.q_limit, mask.kv_limit) > LARGEST_INDEX:
         return f"the sequence is longer than {LARGEST_INDEX} tokens"
-    return _of_device(q.device, q.dtype) or _of_mask(mask, q.device) or _of_score(score, q.device)
+    found = _of_device(q.device, q.dtype) or _of_mask(mask, q.device)
+    return found or _of_score(score, q.device, training)
 
 
 def _hopper_obstacle(q: Tensor, v: Tensor, mask: BlockMask) -> str | None:
@@ -138,10 +146,9 @@ def _of_mask(mask: BlockMask, device: torch.device) -> str | None:
     return obstacle
 
 
-def _of_score(score: TracedMod | None, device: torch.device) -> str | None:
+def _of_score(score: TracedMod | None, device: torch.device, training: bool) -> str | None:
     if score is None:
         return None
-    training = torch.is_grad_enabled()
     key = ("obstacle", device, training and tuple(c.requires_grad for c in score.captures))
     if key not in score.cache:
         from ringflex.kernels.triton_mods import ScoreMod

@@ -88,11 +88,6 @@ class PointwiseMod:
                 order.append(node)
         return order[::-1]
 
-    @property
-    def only_captures(self) -> bool:
-        """Whether the tables are captured tensors themselves."""
-        return not self._prologue
-
 
 def pointwise(mod: TracedMod) -> PointwiseMod:
     """Splits a traced mod into tables and what is computed per score."""
@@ -178,7 +173,8 @@ def derivative(body: PointwiseMod, wanted: Sequence[bool]) -> PointwiseMod:
 def scatters(node: Any) -> list[tuple[tuple[Any, ...], Any]]:
     """An expression for a table's gradient as terms `(indices, value)` to be added up.
 
-    `value` has the shape of `table[indices]`; of a table without dimensions, indices are empty.
+    `value` has the shape of `table[indices]`; of a table without dimensions, indices are empty. It
+    is not rounded to a table of half precision, as sums are kept in fp32.
     """
     if node is None:
         return []
@@ -188,17 +184,27 @@ def scatters(node: Any) -> list[tuple[tuple[Any, ...], Any]]:
         return []
     if packet is _aten.index_put and node.args[3:4] == (True,):
         base, indices, added = node.args[:3]
-        return scatters(base) + [(tuple(indices), added)]
+        return scatters(base) + [(tuple(indices), _unrounded(added))]
     if packet is _aten.add and all(
         isinstance(a, fx.Node) and a.meta["val"].shape == value.shape for a in node.args
     ):
         if value.ndim:
             return [term for a in node.args for term in scatters(a)]
     elif packet in _SAME:
-        return scatters(node.args[0]) if value.ndim else [((), node)]
+        return scatters(node.args[0]) if value.ndim else [((), _unrounded(node))]
     if value.ndim == 0:
-        return [((), node)]
+        return [((), _unrounded(node))]
     raise NotImplementedError(f"the gradient of a captured tensor through {node.target}")
+
+
+def _unrounded(node: Any) -> Any:
+    """What was rounded to half precision last of all, before that."""
+    if isinstance(node, fx.Node) and node.target is _aten._to_copy.default:
+        before = node.args[0]
+        assert isinstance(before, fx.Node)
+        if node.meta["val"].dtype.itemsize == 2 and before.meta["val"].is_floating_point():
+            return before
+    return node
 
 
 _ZEROS = (_aten.new_zeros, _aten.zeros_like, _aten.zeros)

@@ -29,7 +29,7 @@ from ringflex.masks.graph_rewrites import (
     merge_nested_reads,
     replace_approximations,
 )
-from ringflex.masks.traced_mod import INDEX, INDEX_NAMES, Line, TracedMod
+from ringflex.masks.traced_mod import INDEX, INDEX_NAMES, Line, TracedMod, place_of
 
 _LEAVING = (
     Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__,
@@ -82,7 +82,7 @@ def trace_mask(mask_mod: Callable[..., Tensor]) -> TracedMod:
 
     Raises:
         TypeError: not a function of four indices, or it does not return a boolean scalar tensor.
-        ValueError: it branches on the value of a tensor.
+        ValueError: it branches on the value of a tensor, or draws random numbers.
     """
     example = [torch.zeros((), dtype=torch.int64) for _ in INDEX_NAMES]
     return _trace(mask_mod, "mask_mod", INDEX_NAMES, example, (torch.bool,))
@@ -94,7 +94,7 @@ def trace_score(score_mod: Callable[..., Tensor], dtype: torch.dtype) -> TracedM
     Raises:
         TypeError: not a function of a score and four indices, or it does not return a
             floating-point scalar tensor.
-        ValueError: it branches on the value of a tensor.
+        ValueError: it branches on the value of a tensor, or draws random numbers.
     """
     example = [torch.zeros((), dtype=dtype)]
     example += [torch.zeros((), dtype=torch.int64) for _ in INDEX_NAMES]
@@ -117,7 +117,7 @@ def _trace(
         _check_result(result, kind, name, dtypes)
         return result
 
-    watch = _Watch(positional.__code__)
+    watch = _Watch(positional.__code__, f"{kind} '{name}'")
     try:
         with IndexByTensor(), torch.no_grad(), without_autocast(), watch:
             module = make_fx(positional)(*example)
@@ -137,17 +137,23 @@ def _trace(
 
 
 class _Watch(TorchDispatchMode):
-    """Notes each aten operation and the user's line that it comes from; refuses values taken out
-    of tensors by an operation's arguments, as in `torch.full((), captured)`."""
+    """Notes each aten operation and the user's line that it comes from; refuses random numbers, and
+    values taken out of tensors by an operation's arguments, as in `torch.full((), captured)`."""
 
-    def __init__(self, outermost: CodeType) -> None:
+    def __init__(self, outermost: CodeType, what: str) -> None:
         super().__init__()
-        self.outermost, self.lines = outermost, list[Line]()
+        self.outermost, self.what, self.lines = outermost, what, list[Line]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("an argument takes a value out of a tracing tensor")
-        self.lines.append((func, *self._users_line(sys._getframe(1))))
+        line = (func, *self._users_line(sys._getframe(1)))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise ValueError(
+                f"{self.what} draws random numbers by {func}{place_of(line)}: it is evaluated more "
+                "than once, in blocks and in the backward; capture a tensor of random numbers"
+            )
+        self.lines.append(line)
         return func(*args, **(kwargs or {}))
 
     def _users_line(self, frame: FrameType | None) -> tuple[str, int]:

@@ -1,8 +1,8 @@
 """Tracing a mod once, although it is given at every call, or a mask anew with every batch.
 
 A mod is known again by what its trace can depend on: its code, and what its closure, defaults and
-globals hold, through the functions, modules and classes among them as far as the code names their
-attributes. Numbers and the like count by value, tensors by their shape, strides, dtype and device:
+globals hold, through the functions, modules and classes among them. Of modules and classes those
+attributes count that any of the code reached names: a helper may be handed them. Numbers and the like count by value, tensors by their shape, strides, dtype and device:
 a new tensor of the same kind is bound to the old graph. What cannot be compared so (an object, a
 list) has a mod traced at every call.
 """
@@ -48,11 +48,16 @@ def traced_mask(mask_mod: Callable[..., Tensor]) -> TracedMod:
 def identity_of(fn: Callable[..., Tensor]) -> tuple[Any, list[Tensor]] | None:
     """What a mod is known again by, hashable, and the tensors that it holds, whose values do not
     count; None if it cannot be known again."""
-    marks = _Marks()
-    try:
-        return (torch.get_default_dtype(), marks.of(fn)), marks.tensors
-    except _Unknown:
-        return None
+    names: tuple[str, ...] = ()
+    while True:  # what the names lead to may name more
+        marks = _Marks(names)
+        try:
+            key = marks.of(fn)
+        except _Unknown:
+            return None
+        if not marks.asked or marks.seen <= set(names):
+            return (torch.get_default_dtype(), key), marks.tensors
+        names = tuple(sorted(marks.seen.union(names)))
 
 
 def _traced(fn: Callable[..., Tensor], kind: Any, trace: Callable[[], TracedMod]) -> TracedMod:
@@ -92,15 +97,25 @@ def _remember(key: Any, mod: TracedMod, tensors: list[Tensor]) -> None:
 
 
 class _Marks:
-    """What things are for a trace, hashable; collects the tensors among them."""
+    """What things are for a trace, hashable; collects the tensors among them.
 
-    def __init__(self) -> None:
+    Args:
+        names: attributes that code may ask for.
+
+    Attributes:
+        seen: those that the code met so far may ask for. asked: of something.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names, self.seen, self.asked = names, set[str](), False
         self.tensors: list[Tensor] = []
+        self.places: dict[int, int] = {}  # of what was met before, by identity
         self.left = _MOST
 
-    def of(self, x: Any, names: tuple[str, ...] = (), depth: int = 0) -> Any:
-        """`names`: the attributes that the code around `x` may ask for."""
+    def of(self, x: Any, depth: int = 0) -> Any:
         if isinstance(x, _VALUES):
+            if isinstance(x, str) and x.isidentifier():
+                self.seen.add(x)  # for `getattr`
             return (type(x), repr(x) if isinstance(x, float) else x)
         if type(x) in (Tensor, torch.nn.Parameter):
             same = next((i for i, t in enumerate(self.tensors) if t is x), len(self.tensors))
@@ -111,22 +126,27 @@ class _Marks:
         if depth > _DEEPEST or self.left < 0:
             raise _Unknown
         if type(x) is tuple:
-            return tuple(self.of(item, names, depth + 1) for item in x)
+            return tuple(self.of(item, depth + 1) for item in x)
         if isinstance(x, functools.partial):
             keywords = tuple(sorted(x.keywords.items()))
-            return tuple(self.of(item, (), depth + 1) for item in (x.func, x.args, keywords))
+            return tuple(self.of(item, depth + 1) for item in (x.func, x.args, keywords))
         if _is_stable(x):
             return x
+        if id(x) in self.places:
+            return (_Marks, self.places[id(x)])
+        self.places[id(x)] = len(self.places)
         if isinstance(x, types.FunctionType):
             return self._of_function(x, depth)
         if type(x) is MaskMod:
-            return (MaskMod, x.name, self.of(x.fn, names, depth + 1))
+            return (MaskMod, x.name, self.of(x.fn, depth + 1))
         if isinstance(x, types.ModuleType) or type(x) is type:
-            return (x, *(self.of(v, names, depth + 1) for v in _attributes(x, names)))
+            self.asked = True
+            return (x, *(self.of(v, depth + 1) for v in _attributes(x, self.names)))
         raise _Unknown
 
     def _of_function(self, fn: types.FunctionType, depth: int) -> Any:
         names = _names_in(fn.__code__)
+        self.seen.update(names)
         try:
             held = [cell.cell_contents for cell in fn.__closure__ or ()]
         except ValueError:  # not assigned yet
@@ -136,7 +156,7 @@ class _Marks:
         more = [tuple(sorted((d or {}).items())) for d in (fn.__kwdefaults__, fn.__dict__)]
         marks: list[Any] = [fn.__code__]
         for item in (*held, *(fn.__defaults__ or ()), *more, *globals_used):
-            marks.append(None if item is fn else self.of(item, names, depth + 1))
+            marks.append(self.of(item, depth + 1))
         return tuple(marks)
 
 
@@ -173,4 +193,6 @@ def _names_in(code: types.CodeType) -> tuple[str, ...]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             names += _names_in(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            names.append(constant)
     return tuple(dict.fromkeys(names))

@@ -21,6 +21,7 @@ from ringflex.masks.captures import fingerprint, narrowest
 
 INDEX_NAMES = ("b", "h", "q_idx", "kv_idx")
 INDEX = torch.ops.aten.index.Tensor
+_HALF = (torch.float16, torch.bfloat16)
 Line = tuple[Any, str, int]  # an operation, and where the user wrote it: file, line
 
 
@@ -90,7 +91,9 @@ class TracedMod:
         values: dict[fx.Node, Any] = {}
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
-                values[node] = inputs[len(values)]
+                x, dtype = inputs[len(values)], node.meta["val"].dtype
+                # Products of vectors promote no types: what is read in fp32 is halved for them.
+                values[node] = x.to(dtype) if dtype in _HALF and not self.scalar else x
             elif node.op == "call_function":
                 values[node] = self._operate(node, values)
             else:
@@ -181,7 +184,7 @@ def _read(table: Tensor, indices: Sequence[Tensor]) -> Tensor:
         linear = linear * size + torch.where(index < 0, index + size, index)
     assert isinstance(linear, Tensor)
     rows = table.flatten(0, len(indices) - 1).index_select(0, linear.reshape(-1))
-    return rows.reshape(*linear.shape, *table.shape[len(indices) :])
+    return rows.reshape((*linear.shape, *table.shape[len(indices) :]))
 
 
 def user_line(mod: TracedMod, node: fx.Node) -> str:
@@ -191,5 +194,10 @@ def user_line(mod: TracedMod, node: fx.Node) -> str:
     at = alike.index(node)
     if at >= len(lines) or not lines[at][1]:
         return ""
-    _, filename, lineno = lines[at]
+    return place_of(lines[at])
+
+
+def place_of(line: Line) -> str:
+    """Where that is, and what stands there."""
+    _, filename, lineno = line
     return f" ({filename}:{lineno}: {linecache.getline(filename, lineno).strip()})"

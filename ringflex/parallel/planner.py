@@ -13,6 +13,7 @@ from ringflex.masks.runs import Array
 from ringflex.parallel.comm import Agreement, Communicator, communicator
 from ringflex.parallel.draft import Draft, MaskFunction, Part, Request
 from ringflex.parallel.faster import FasterPlanning, is_faster, may_deal_heads
+from ringflex.parallel.in_order import finish
 from ringflex.parallel.layout import Layout
 from ringflex.parallel.links import Costs
 from ringflex.parallel.machine import AttentionShape, Machine
@@ -111,7 +112,9 @@ def plan(
         "block_size": block_size, "machine": Machine() if machine is None else machine,
         "shape": shape,
     }  # fmt: skip
-    return start_planning(lambda: mask_mod, communicator(group), request).finish()
+    comm = communicator(group)
+    plans: Plan | dict[str, Plan] = finish(start_planning(lambda: mask_mod, comm, request), comm)
+    return plans
 
 
 def start_planning(
@@ -212,7 +215,8 @@ def plan_all(
 ) -> list[Plan]:
     """The plans of all ranks in one process, with no process group: for tests and simulation.
 
-    Arguments as in `plan`. The plans cannot run on several ranks: they have no communicator.
+    Arguments as in `plan`, but for one mask. The plans cannot run on several ranks: they have no
+    communicator.
     """
     request = {
         "seq_len": seq_len, "B": B, "H": H, "layout": layout, "strategy": strategy,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-import torch
-
 from ringflex.parallel.comm import communicator
 from ringflex.parallel.draft import MaskFunction
+from ringflex.parallel.in_order import finish_behind
 from ringflex.parallel.machine import AttentionShape, Machine
 from ringflex.parallel.planner import start_planning
 
@@ -28,7 +27,7 @@ class PlanPrefetcher(Generic[_Batch]):
 
     What masks capture is copied when a batch is taken from `batches`, and may be changed after; if
     it is on the CPU, nothing waits for a GPU. All ranks of the group must take the same number of
-    batches. An error of `masks_of` or of planning, on any rank, is raised on all where that batch
+    batches, and make plans of other kinds meanwhile (`rf.plan`, a second prefetcher) in one order. An error of `masks_of` or of planning, on any rank, is raised on all where that batch
     would come.
 
     Args:
@@ -69,19 +68,21 @@ class PlanPrefetcher(Generic[_Batch]):
         self.seconds = 0.0
 
     def __iter__(self) -> Iterator[tuple[_Batch, Any]]:
-        # Threads of a pool are waited for, also where the loop is left early: the other ranks,
-        # which are as far, wait for this one's part in the plans under way.
-        with ThreadPoolExecutor(1, "ringflex plans") as pool:
-            ready: deque[tuple[_Batch, Future[Any], float]] = deque()
+        ready: deque[tuple[_Batch, Future[Any], float]] = deque()
+        try:
             for batch in self.batches:
                 started = time.perf_counter()
                 planning = start_planning(partial(self.masks_of, batch), self.comm, self.request)
-                future = pool.submit(_finish, planning)
+                future = finish_behind(planning, self.comm)
                 ready.append((batch, future, time.perf_counter() - started))
                 if len(ready) > self.ahead:
                     yield self._next(ready)
             while ready:
                 yield self._next(ready)
+        finally:
+            # Where the loop is left early, too: the other ranks, which are as far, wait for this
+            # one's part in the plans under way.
+            wait([future for _, future, _ in ready])
 
     def _next(self, ready: deque[tuple[_Batch, Future[Any], float]]) -> tuple[_Batch, Any]:
         batch, future, spent = ready.popleft()
@@ -89,8 +90,3 @@ class PlanPrefetcher(Generic[_Batch]):
         plans = future.result()
         self.seconds = spent + time.perf_counter() - started
         return batch, plans
-
-
-def _finish(planning: Any) -> Any:
-    with torch.no_grad():  # of a thread of its own
-        return planning.finish()

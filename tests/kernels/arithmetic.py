@@ -14,6 +14,7 @@ def arithmetic(device: torch.device = DEVICE) -> dict[str, Callable[..., Tensor]
     at = torch.arange(EXTENT, device=device)
     ids, large, byte = at // 7, (at * 100_000_000).int(), at.to(torch.uint8)
     half, double = (at * 0.1).half(), at.double()
+    endless = torch.where(at % 5 == 2, torch.inf, at - 7.0)
     number = lambda value: torch.full((), value)
     return {
         "floor": lambda b, h, q, k: (q - k) // 5 == -2,
@@ -62,6 +63,9 @@ def arithmetic(device: torch.device = DEVICE) -> dict[str, Callable[..., Tensor]
         "float fmod": lambda b, h, q, k: torch.fmod(q - k * 1.0, 0.3) < 0.1,
         "float floor": lambda b, h, q, k: (q - k) / 2 // 3 == -2,
         "float floor of 0.1": lambda b, h, q, k: (q * 0.1) // 0.1 <= k,
+        "float floor of infinity": lambda b, h, q, k: (
+            endless[q] // 2.0 == endless[k] // (k - 3.0)
+        ),
         "double": lambda b, h, q, k: double[q] / 3.0 < double[k] * 0.3,
         "minimum with nan": lambda b, h, q, k: torch.minimum((q - 9.0).sqrt(), k + 0.5) < 3,
         "not": lambda b, h, q, k: ~(~q < k - 20),

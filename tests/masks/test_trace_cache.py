@@ -122,6 +122,51 @@ def test_attributes_of_modules_classes_and_functions_count() -> None:
         assert traces_of(mods[2][0]) == 0
 
 
+class Settings:
+    factor = 2.0
+
+    @classmethod
+    def scaled(cls, s: Tensor) -> Tensor:
+        return s * cls.factor
+
+    @staticmethod
+    def scaled_by_name(s: Tensor) -> Tensor:
+        return s * Settings.factor + 0 * Settings.scaled(s)
+
+
+def scaled_by(settings: Any, s: Tensor) -> Tensor:
+    return s * settings.factor
+
+
+def attribute(settings: Any, name: str, s: Tensor) -> Tensor:
+    value: Tensor = s * getattr(settings, name)
+    return value
+
+
+MODS: dict[str, Callable[..., Tensor]] = {
+    "helper": lambda s, b, h, q, k: scaled_by(Settings, s),
+    "class method": lambda s, b, h, q, k: Settings.scaled(s),
+    "in a circle": lambda s, b, h, q, k: Settings.scaled_by_name(s),
+    "getattr": lambda s, b, h, q, k: s * getattr(Settings, "factor"),  # noqa: B009
+    "getattr of a name": lambda s, b, h, q, k: attribute(Settings, "factor", s),
+    "partial": functools.partial(
+        lambda settings, s, b, h, q, k: scaled_by(settings, s), Settings
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODS)
+def test_attributes_that_helpers_ask_for_count(name: str) -> None:
+    index, score = torch.tensor([3]), torch.ones(1)
+    value = lambda: traced_score(MODS[name], F32).evaluate(*[index] * 4, score=score).item()
+    assert value() == 2.0
+    assert traces_of(MODS[name], MODS[name]) == 0
+    with mock.patch.object(Settings, "factor", 3.0):
+        assert value() == 3.0
+    assert value() == 2.0
+    assert traces_of(MODS[name]) == 0
+
+
 def test_what_cannot_be_compared_is_traced_at_every_call() -> None:
     class Model:
         factor = 2.0

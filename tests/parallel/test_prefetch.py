@@ -1,9 +1,11 @@
 """PlanPrefetcher: the plans of rf.plan, made in another thread."""
 
 import threading
+import time
 from collections.abc import Iterator
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -96,6 +98,31 @@ def leaving_on_rank(group: dist.ProcessGroup) -> bool:
 
 def test_the_loop_may_be_left_early(pool: RankPool) -> None:
     assert pool.run(leaving_on_rank, 2) == [True] * 2
+
+
+def interleaved_on_rank(group: dist.ProcessGroup, rounds: int) -> int:
+    """A prefetcher to train on, one to evaluate on, and a plan now and then; ranks are not in step,
+    and masks differ in what they tell."""
+    random, right = np.random.default_rng(dist.get_rank(group)), 0
+    make = lambda block_size, first: iter(
+        rf.PlanPrefetcher(
+            [documents(first + i) for i in range(rounds)], rf.document, seq_len=S, group=group,
+            block_size=block_size,
+        )
+    )  # fmt: skip
+    train, evaluate = make(16, 0), make(32, 100)
+    for number in range(rounds):
+        ids, plan = next(train)
+        time.sleep(random.random() * 0.02)
+        right += plan.layout.block_size == 16 and torch.equal(ids, documents(number))
+        right += next(evaluate)[1].layout.block_size == 32
+        other = rf.plan(rf.causal() & rf.document(documents(200 + number)), S, group, block_size=64)
+        right += other.layout.block_size == 64
+    return right
+
+
+def test_plans_of_several_kinds_come_in_the_order_of_the_program(pool: RankPool) -> None:
+    assert pool.run(interleaved_on_rank, 3, 20) == [60] * 3
 
 
 def test_plans_are_made_in_another_thread_while_a_batch_is_used() -> None:
