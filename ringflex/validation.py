@@ -156,14 +156,14 @@ def check_score_reads(score: TracedMod, plan: Plan, q: Tensor) -> None:
         kv_end = np.minimum(rows.kv_starts[b, runs.end - 1] + bk, rows.kv_limit) - 1
         q_idx = np.stack([rows.q_starts[block], q_end])[None, None, :, None]
         kv_idx = np.stack([rows.kv_starts[b, runs.start], kv_end])[None, None, None]
-        ends = [torch.tensor([0, n - 1]) for n in q.shape[:2]]
+        ends = [torch.tensor([0, n - 1], device="cpu") for n in q.shape[:2]]
         try:
             score.evaluate(
                 ends[0].view(-1, 1, 1, 1, 1),
                 ends[1].view(1, -1, 1, 1, 1),
                 torch.from_numpy(q_idx),
                 torch.from_numpy(kv_idx),
-                torch.zeros(1, 1, 1, 1, 1, dtype=compute_dtype(q.dtype)),
+                torch.zeros(1, 1, 1, 1, 1, dtype=compute_dtype(q.dtype), device="cpu"),
                 [c.detach() for c in score.captures],
             )
         except IndexError as error:

@@ -1,8 +1,9 @@
 """flex_attention() in one process: against torch's, against the reference, and its options."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from attention_cases import (
     tensors,
 )
 from ringflex.attention import _of_all_sequences
+from ringflex.masks import trace_cache
 
 SAME = {"rtol": 1e-9, "atol": 1e-12}  # of fp64 results that differ by rounding only
 
@@ -98,6 +100,89 @@ def test_scores_mean_what_they_mean_to_torch(score: str) -> None:
 )
 def test_shapes_as_torch(case: Case) -> None:
     assert_same_as_torch(case)
+
+
+WORDS = torch.randn(129, 8)
+HALF_WORDS = WORDS.half()
+WEIGHT = torch.tensor(1.5)
+VECTOR_SCORES: dict[str, Callable[..., Tensor]] = {
+    "einsum": lambda s, b, h, q, k: s + torch.einsum("i,i", WORDS[q], WORDS[k]) * 0.1,
+    "logsigmoid": lambda s, b, h, q, k: torch.nn.functional.logsigmoid(s * WEIGHT),
+    "halves by a constant": lambda s, b, h, q, k: (
+        s + (HALF_WORDS[q] @ torch.ones(8, dtype=torch.half)) * 0.1
+    ),
+    "halves by halves": lambda s, b, h, q, k: (
+        s + ((HALF_WORDS[q].float() * 2).half() @ HALF_WORDS[k]) * 0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("mask", ["full", "past chunks", "causal"])
+@pytest.mark.parametrize("name", VECTOR_SCORES)
+def test_scores_of_vectors_as_torch(name: str, mask: str) -> None:
+    """Also where a mask has no full blocks, or no partial ones."""
+    case = Case(mask=mask, seq_len=128, block_size=32, dtype=torch.float32)
+    p = replace(case.build(), score=VECTOR_SCORES[name])
+    expected, _ = by_torch(p, torch_mask(case))
+    with torch.no_grad():
+        out = rf.flex_attention(p.q, p.k, p.v, p.score, our_mask(case), enable_gqa=True)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", [2, torch.tensor(2), torch.tensor([0, 2])[1]], ids=repr)
+def test_a_captured_index_without_dimensions(place: Any) -> None:
+    q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))
+    bias = torch.randn(6, requires_grad=True)
+    out = rf.flex_attention(q, k, v, lambda s, b, h, i, j: s * bias[place])
+    expected = rf.flex_attention(q * bias[2].detach(), k, v)
+    torch.testing.assert_close(out, expected)
+    (grad,) = torch.autograd.grad(out.square().sum(), [bias])
+    assert grad[2] != 0 and not grad[[0, 1, 3, 4, 5]].any()
+
+
+def test_what_inference_mode_makes_serves_training() -> None:
+    """A mask, a mod's trace and the constants in it are kept beyond their first use."""
+    flag = torch.tensor(True)
+    q, k, v = (torch.randn(1, 2, 40, 8, requires_grad=True) for _ in range(3))
+    score = lambda s, b, h, i, j: s * torch.tensor([1.0, 2.0, 3.0])[i % 3]
+    with torch.inference_mode():
+        mask = rf.create_block_mask(lambda b, h, i, j: (i >= j) & flag, None, None, 40, 40)
+        evaluated = rf.flex_attention(q, k, v, score, mask)
+    out = rf.flex_attention(q, k, v, score, mask)
+    assert torch.equal(out, evaluated)
+    out.sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
+
+
+def test_the_default_device_is_for_the_users_tensors() -> None:
+    q, k, v = (torch.randn(1, 2, 40, 8) for _ in range(3))
+    bias, ids = torch.randn(2), torch.arange(40) // 16
+    score = lambda s, b, h, i, j: s + bias[h]
+    attend = lambda: rf.flex_attention(
+        q, k, v, score,
+        rf.create_block_mask(rf.causal() & rf.document(ids), None, None, 40, 40, BLOCK_SIZE=16),
+    )  # fmt: skip
+    expected = attend()
+    with torch.device("meta"):
+        trace_cache._traces.clear()
+        assert torch.equal(attend(), expected)
+        plan = rf.plan(rf.causal() & rf.document(ids), 40, block_size=16)
+        assert torch.equal(plan.unshard(plan.shard(q, 2), 2), q)
+
+
+def test_it_may_stand_in_compiled_code() -> None:
+    """Dynamo leaves it alone: what it would trace is the choice of kernels, anew at every shape."""
+    q, k, v = (torch.randn(1, 2, 40, 8) for _ in range(3))
+    mask = rf.create_block_mask(rf.causal(), None, None, 40, 40)
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = rf.flex_attention(q.sin(), k, v, rf.softcap(5.0), mask)
+        return out.cos()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v), layer(q, k, v))
+    assert torch._dynamo.utils.counters["frames"]["total"] < 10
 
 
 def test_torch_block_mask_without_a_mask_mod() -> None:

@@ -1,10 +1,10 @@
 """aten operations on scalars as Triton source: one rule per operation.
 
 Approximations, as errors relative to the result, in fp32: `tanh` 8e-7 (absolute 2e-7 where it is
-only scaled and added to the score, as in a softcap), `erf`, `log1p`, `expm1` and `softplus` 1e-6, `erfc` 8e-6;
-`pow(x, y)` with y not a small integer 2e-7 * (1 + abs(y * log2(x))); `division_rules` has those
-of quotients. With the option `approximate_tanh`, `tanh` is the GPU's own
-instruction on NVIDIA (sm_75 and later), relative error 2^-11 = 5e-4.
+only scaled and added to the score, as in a softcap), `erf`, `log1p`, `expm1` and `softplus` 1e-6,
+`erfc` 8e-6; `pow(x, y)` with y not a small integer 2e-7 * (1 + abs(y * log2(x))); `division_rules`
+has those of quotients. With the option `approximate_tanh`, `tanh` is the GPU's own instruction on
+NVIDIA (sm_75 and later), relative error 2^-11 = 5e-4.
 """
 
 from __future__ import annotations

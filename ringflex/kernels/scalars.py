@@ -60,7 +60,7 @@ def number(value: Number, dtype: torch.dtype | None = None) -> Value:
     elif dtype == torch.bool:
         value = bool(value)
     elif dtype.is_floating_point:
-        value = float(torch.tensor(float(value), dtype=dtype).item())
+        value = float(torch.tensor(float(value), dtype=dtype, device="cpu").item())
     elif isinstance(value, (int, float)):  # wrapped round, as torch does
         low, high = range_of(dtype)
         value = (int(value) - low) % (high - low + 1) + low
@@ -81,7 +81,7 @@ def _double(value: float) -> str:
     parts: list[float] = []
     rest = value
     while rest and len(parts) < 3:
-        part = torch.tensor(rest, dtype=torch.float32).item()
+        part = torch.tensor(rest, dtype=torch.float32, device="cpu").item()
         if not math.isfinite(part):
             raise Unsupported(f"the number {value}")
         parts.append(part)

@@ -159,13 +159,15 @@ class BlockMask:
         bq, bk = self.block_size
         states = torch.from_numpy(self.block_map()).repeat_interleave(bq, 2)
         states = states.repeat_interleave(bk, 3)
-        q_idx = (torch.from_numpy(self.q_starts)[:, None] + torch.arange(bq)).reshape(-1)
-        kv_idx = torch.from_numpy(self.kv_starts)[:, :, None] + torch.arange(bk)
+        q_idx = (torch.from_numpy(self.q_starts)[:, None] + torch.arange(bq, device="cpu")).reshape(
+            -1
+        )
+        kv_idx = torch.from_numpy(self.kv_starts)[:, :, None] + torch.arange(bk, device="cpu")
         kv_idx = kv_idx.reshape(kv_idx.shape[0], 1, 1, -1)
         inside = (q_idx < self.q_limit).reshape(1, 1, -1, 1) & (kv_idx < self.kv_limit)
         seen = self.mask.to(torch.device("cpu")).evaluate(
-            torch.arange(self.B).reshape(-1, 1, 1, 1),
-            torch.arange(self.H).reshape(1, -1, 1, 1),
+            torch.arange(self.B, device="cpu").reshape(-1, 1, 1, 1),
+            torch.arange(self.H, device="cpu").reshape(1, -1, 1, 1),
             q_idx.clamp(max=max(0, self.q_limit - 1)).reshape(1, 1, -1, 1),
             kv_idx.clamp(max=max(0, self.kv_limit - 1)),
         )

@@ -19,6 +19,7 @@ from ringflex.masks.bounds import ALL, NONE, UNDECIDED, MaskBounds, Rectangles
 from ringflex.masks.runs import Array, Runs, counting
 from ringflex.masks.trace_cache import traced_mask
 from ringflex.masks.traced_mod import TracedMod
+from ringflex.modes import without_inference_mode
 
 _FEW = 512  # rectangles
 _ELEMENTS_AT_ONCE = 1 << 20  # of mask evaluated together when blocks are settled exactly
@@ -88,15 +89,17 @@ class BlockMaskBuilder:
     def _check_reads(self) -> None:
         """Asks the mask at the corners of everything: a captured tensor that is too short shows."""
         sizes = (self.B, self.H, self.q_limit, self.kv_limit)
-        ends = [torch.tensor([0, size - 1]) for size in sizes]
+        ends = [torch.tensor([0, size - 1], device="cpu") for size in sizes]
+        self._ask(*torch.meshgrid(*ends, indexing="ij"))
+
+    def _ask(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         try:
-            b, h, q_idx, kv_idx = torch.meshgrid(*ends, indexing="ij")
-            self.cpu_mask.evaluate(b, h, q_idx, kv_idx)
+            return self.cpu_mask.evaluate(b, h, q_idx, kv_idx)
         except IndexError as error:
             shapes = ", ".join(str(tuple(c.shape)) for c in self.mask.captures)
             raise ValueError(
                 f"mask '{self.mask.name}' reads beyond a captured tensor of shape {shapes} for "
-                f"(B, H, q_len, kv_len) = {sizes}: {error}"
+                f"(B, H, q_len, kv_len) = {(self.B, self.H, self.q_limit, self.kv_limit)}: {error}"
             ) from None
 
     def _rectangles(self, rect: Array, q_starts: Array) -> Rectangles:
@@ -167,7 +170,7 @@ class BlockMaskBuilder:
 
     def _seen(self, at: Rectangles, q_idx: Array, kv_idx: Array) -> Array:
         """The mask at `q_idx [n, i]` x `kv_idx [n, j]`: bool `[n, i, j]`."""
-        seen = self.cpu_mask.evaluate(
+        seen = self._ask(
             torch.from_numpy(at.b)[:, None, None],
             torch.from_numpy(at.h)[:, None, None],
             torch.from_numpy(q_idx)[:, :, None],
@@ -253,9 +256,10 @@ def create_block_mask(
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive int, got {value!r}")
-    builder = BlockMaskBuilder(
-        traced_mask(mask_mod), B=B, H=H, q_limit=Q_LEN, kv_limit=KV_LEN, block_size=block_size
-    )
     bq, bk = block_size
     q_starts = np.arange(-(-Q_LEN // bq), dtype=np.int64) * bq
-    return builder.build(q_starts, -(-KV_LEN // bk), q_len=Q_LEN, kv_len=KV_LEN)
+    with without_inference_mode():
+        builder = BlockMaskBuilder(
+            traced_mask(mask_mod), B=B, H=H, q_limit=Q_LEN, kv_limit=KV_LEN, block_size=block_size
+        )
+        return builder.build(q_starts, -(-KV_LEN // bk), q_len=Q_LEN, kv_len=KV_LEN)

@@ -6,12 +6,31 @@ inputs.
 
 from __future__ import annotations
 
+import linecache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx import graph_module
 
 from ringflex.masks.traced_mod import INDEX
+
+
+@contextmanager
+def without_sources() -> Iterator[None]:
+    """Forgets the source text of modules made meanwhile, which fx keeps for as long as the process
+    lives: there would be one for each time that a mod is traced. Their graphs are walked, not run.
+    """
+    kept = getattr(getattr(graph_module, "_loader", None), "eval_cache", {})
+    before = set(kept)
+    try:
+        yield
+    finally:
+        for name in kept.keys() - before:
+            kept.pop(name, None)
+            linecache.cache.pop(name, None)
 
 
 def lift_captures(module: fx.GraphModule) -> tuple[Tensor, ...]:

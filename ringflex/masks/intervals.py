@@ -34,7 +34,7 @@ def constant(value: bool | int | float, compute: torch.dtype | None = None) -> I
         array = np.array([value])
         return Interval(array, array)
     if compute.is_floating_point:
-        converted = torch.tensor(float(value), dtype=compute).item()
+        converted = torch.tensor(float(value), dtype=compute, device="cpu").item()
         return Interval(np.array([min(value, converted)]), np.array([max(value, converted)]))
     info = torch.iinfo(compute)
     if not info.min <= value <= info.max:

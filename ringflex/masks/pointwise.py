@@ -17,8 +17,9 @@ from torch import Tensor, fx
 from torch._decomp import get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringflex.autocast import without_autocast
+from ringflex.masks.graph_rewrites import without_sources
 from ringflex.masks.traced_mod import TracedMod
+from ringflex.modes import without_autocast
 
 _aten = torch.ops.aten
 # Derivatives that autograd records as one operation, in terms of elementary ones.
@@ -117,6 +118,7 @@ def pointwise(mod: TracedMod) -> PointwiseMod:
     return PointwiseMod(body, graph, arguments, arguments, tuple(sources))
 
 
+@without_sources()
 def derivative(body: PointwiseMod, wanted: Sequence[bool]) -> PointwiseMod:
     """The gradient of a score mod, by tracing autograd.
 

@@ -19,7 +19,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ringflex.autocast import without_autocast
 from ringflex.masks.graph_rewrites import (
     dependence,
     drop_reshapes,
@@ -28,8 +27,10 @@ from ringflex.masks.graph_rewrites import (
     make_functional,
     merge_nested_reads,
     replace_approximations,
+    without_sources,
 )
 from ringflex.masks.traced_mod import INDEX, INDEX_NAMES, Line, TracedMod, place_of
+from ringflex.modes import without_autocast
 
 _LEAVING = (
     Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__,
@@ -84,7 +85,7 @@ def trace_mask(mask_mod: Callable[..., Tensor]) -> TracedMod:
         TypeError: not a function of four indices, or it does not return a boolean scalar tensor.
         ValueError: it branches on the value of a tensor, or draws random numbers.
     """
-    example = [torch.zeros((), dtype=torch.int64) for _ in INDEX_NAMES]
+    example = [torch.zeros((), dtype=torch.int64, device="cpu") for _ in INDEX_NAMES]
     return _trace(mask_mod, "mask_mod", INDEX_NAMES, example, (torch.bool,))
 
 
@@ -96,12 +97,13 @@ def trace_score(score_mod: Callable[..., Tensor], dtype: torch.dtype) -> TracedM
             floating-point scalar tensor.
         ValueError: it branches on the value of a tensor, or draws random numbers.
     """
-    example = [torch.zeros((), dtype=dtype)]
-    example += [torch.zeros((), dtype=torch.int64) for _ in INDEX_NAMES]
+    example = [torch.zeros((), dtype=dtype, device="cpu")]
+    example += [torch.zeros((), dtype=torch.int64, device="cpu") for _ in INDEX_NAMES]
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return _trace(score_mod, "score_mod", ("score", *INDEX_NAMES), example, floats)
 
 
+@without_sources()
 def _trace(
     fn: Callable[..., Tensor],
     kind: str,

@@ -2,9 +2,10 @@
 
 A mod is known again by what its trace can depend on: its code, and what its closure, defaults and
 globals hold, through the functions, modules and classes among them. Of modules and classes those
-attributes count that any of the code reached names: a helper may be handed them. Numbers and the like count by value, tensors by their shape, strides, dtype and device:
-a new tensor of the same kind is bound to the old graph. What cannot be compared so (an object, a
-list) has a mod traced at every call.
+attributes count that any of the code reached names: a helper may be handed them. Numbers and the
+like count by value, tensors by their shape, strides, dtype and device: a new tensor of the same
+kind is bound to the old graph. What cannot be compared so (an object, a list) has a mod traced at
+every call.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ringflex.autocast import without_autocast
 from ringflex.masks.captures import fingerprint, narrowest
+from ringflex.modes import without_autocast
 
 INDEX_NAMES = ("b", "h", "q_idx", "kv_idx")
 INDEX = torch.ops.aten.index.Tensor

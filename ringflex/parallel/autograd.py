@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringflex.autocast import without_autocast
 from ringflex.kernels.contract import KernelOptions, Partial, compute_dtype
 from ringflex.masks.traced_mod import TracedMod
+from ringflex.modes import without_autocast
 from ringflex.parallel import schedule
 from ringflex.parallel.plan import Plan
 
@@ -188,7 +188,7 @@ class _Unshard(torch.autograd.Function):
             [torch.from_numpy(layout.positions_of(r)) for r in range(plan.world_size)]
         )
         slot_of = torch.empty_like(positions)
-        slot_of[positions] = torch.arange(positions.numel())
+        slot_of[positions] = torch.arange(positions.numel(), device="cpu")
         return whole.index_select(dim, slot_of[: plan.seq_len].to(x.device))
 
     @staticmethod

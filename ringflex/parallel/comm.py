@@ -16,7 +16,7 @@ from ringflex.masks.runs import Array
 from ringflex.parallel import timeline
 from ringflex.parallel.groups import plan_backend, transfer_group
 from ringflex.parallel.lanes import on
-from ringflex.parallel.watch import watch
+from ringflex.parallel.watch import has_nccl, watch
 
 _RECORD = 512  # bytes that each rank contributes to an agreement
 _DIGEST = 16
@@ -34,7 +34,7 @@ class Agreement:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.on_gpu = "nccl" in dist.get_backend(group)
+        self.on_gpu = has_nccl(group)
 
     @property
     def device(self) -> torch.device:

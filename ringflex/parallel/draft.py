@@ -99,6 +99,7 @@ class Request:
                     f"the layout is for (seq_len, world_size, block_size) = {theirs}, "
                     f"this plan for {mine}"
                 )
+            self.layout.check()
         elif self.layout not in (known := ["auto", *LAYOUTS, "balanced", "nested"]):
             raise ValueError(f"layout={self.layout!r} is not one of {', '.join(known)}")
 
@@ -268,7 +269,7 @@ class Draft:
         for name, builder in self.builders.items():
             if part.parts > 1 and "h" in builder.mask.uses and (name, part) not in self.shares:
                 mask, heads = self.masks[name], builder.H // part.parts
-                first = torch.tensor(part.place * heads)
+                first = torch.tensor(part.place * heads, device="cpu")
                 of_part = lambda b, h, q, kv, mask=mask, first=first: mask(b, h + first, q, kv)
                 self.shares[name, part] = traced_mask(MaskMod(of_part, builder.mask.name)).frozen()
 

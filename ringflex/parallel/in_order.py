@@ -1,7 +1,7 @@
 """Plans of a group are finished in the order in which the program began them, on every rank.
 
-Ranks agree on plans over one backend of their group. Were a plan finished in one thread while another
-is in a second one, ranks could come to the same collective with different plans.
+Ranks agree on plans over one backend of their group. Were a plan finished in one thread while
+another is in a second one, ranks could come to the same collective with different plans.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ringflex.modes import without_inference_mode
 from ringflex.parallel.comm import Communicator
 
 # One thread for each group, from the first plan that is made in the background on.
@@ -34,7 +35,8 @@ def finish_behind(planning: Any, comm: Communicator | None) -> Future[Any]:
 def finish(planning: Any, comm: Communicator | None) -> Any:
     """Finishes a plan now; if others of the group are made in the background, after these."""
     if comm is None or comm.group not in _workers:
-        return planning.finish()
+        with without_inference_mode():
+            return planning.finish()
     return finish_behind(planning, comm).result()
 
 

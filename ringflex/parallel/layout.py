@@ -23,7 +23,8 @@ class Layout:
         seq_len: true tokens of the sequence.
         world_size: ranks.
         block_size: tokens per block.
-        owner: rank that holds each block, int64 `[blocks]`, padding blocks included.
+        owner: rank that holds each block, int64 `[blocks]`, padding blocks included; every rank
+            holds as many.
     """
 
     name: str
@@ -31,6 +32,29 @@ class Layout:
     world_size: int
     block_size: int
     owner: Array
+
+    def check(self) -> None:
+        """Of a layout that a program made.
+
+        Raises:
+            TypeError: owners are no int64 array. ValueError: blocks are missing, or ranks own
+                unlike numbers of them.
+        """
+        owner = self.owner
+        if not isinstance(owner, np.ndarray) or owner.dtype != np.int64 or owner.ndim != 1:
+            raise TypeError(f"owner must be an int64 array [blocks], got {owner!r:.80}")
+        if owner.size < self.real_blocks:
+            raise ValueError(
+                f"owner names {owner.size} blocks of {self.block_size} tokens, too few for "
+                f"{self.seq_len} tokens"
+            )
+        share, rest = divmod(owner.size, self.world_size)
+        held = np.bincount(owner) if owner.min() >= 0 else np.array([])
+        if rest or held.size != self.world_size or (held != share).any():
+            raise ValueError(
+                f"every rank below {self.world_size} must own as many blocks; by rank they own "
+                f"{dict(zip(*(x.tolist() for x in np.unique(owner, return_counts=True))))}"
+            )
 
     @property
     def blocks(self) -> int:

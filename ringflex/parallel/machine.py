@@ -60,6 +60,10 @@ class Machine:
         return cls(**fields)
 
     def __post_init__(self) -> None:
+        for name in ("gpus_per_node", "at_once"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} must be an int, got {value!r}")
         for name in ("forward", "backward", "near", "far", "gpus_per_node"):
             if not getattr(self, name) > 0:  # nor NaN
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")

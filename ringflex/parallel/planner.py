@@ -10,6 +10,7 @@ import numpy as np
 
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array
+from ringflex.modes import without_inference_mode
 from ringflex.parallel.comm import Agreement, Communicator, communicator
 from ringflex.parallel.draft import Draft, MaskFunction, Part, Request
 from ringflex.parallel.faster import FasterPlanning, is_faster, may_deal_heads
@@ -123,13 +124,15 @@ def start_planning(
     request: Mapping[str, Any],
 ) -> Planning | UlyssesPlanning | FasterPlanning:
     """A plan under way; see `Planning`."""
-    if comm is not None and may_deal_heads(request, comm.size):
-        return FasterPlanning(mask_mod, comm, request)
-    if request["strategy"] == "ulysses":
-        from ringflex.parallel.ulysses import UlyssesPlanning
+    from ringflex.parallel.ulysses import UlyssesPlanning
 
-        return UlyssesPlanning(mask_mod, comm, request)
-    return Planning(mask_mod, comm, request)
+    make: type[Planning] | type[UlyssesPlanning] | type[FasterPlanning] = Planning
+    if comm is not None and may_deal_heads(request, comm.size):
+        make = FasterPlanning
+    elif request["strategy"] == "ulysses":
+        make = UlyssesPlanning
+    with without_inference_mode():
+        return make(mask_mod, comm, request)
 
 
 class Planning:

@@ -27,8 +27,8 @@ class PlanPrefetcher(Generic[_Batch]):
 
     What masks capture is copied when a batch is taken from `batches`, and may be changed after; if
     it is on the CPU, nothing waits for a GPU. All ranks of the group must take the same number of
-    batches, and make plans of other kinds meanwhile (`rf.plan`, a second prefetcher) in one order. An error of `masks_of` or of planning, on any rank, is raised on all where that batch
-    would come.
+    batches, and make other plans meanwhile (`rf.plan`, a second prefetcher) in one order. An error
+    of `masks_of` or of planning, on any rank, is raised on all where that batch would come.
 
     Args:
         batches: an iterable; each batch is taken `ahead` batches before it is yielded.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ class _Watched(NamedTuple):
 
 _pending: deque[_Watched] = deque()
 _thread: threading.Thread | None = None
-_timeouts: dict[str, float] = {}
+_timeouts: weakref.WeakKeyDictionary[dist.ProcessGroup, float] = weakref.WeakKeyDictionary()
 
 
 def watch(
@@ -79,14 +80,19 @@ def _is_over(watched: _Watched) -> bool:
     return True
 
 
+def has_nccl(group: dist.ProcessGroup) -> bool:
+    """Whether NCCL moves the group's tensors; also of a group made without naming a backend, as
+    `init_device_mesh` makes the world's, whose backend torch calls "undefined"."""
+    return "nccl" in dist.get_backend_config(group)
+
+
 def timeout_of(group: dist.ProcessGroup) -> float:
     """Seconds after which a transfer of the group fails."""
-    name = group.group_name
-    if name not in _timeouts:
-        device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    if group not in _timeouts:
+        device = torch.device("cuda" if has_nccl(group) else "cpu")
         try:
             options = group._get_backend(device).options
-            _timeouts[name] = options._timeout.total_seconds()
+            _timeouts[group] = options._timeout.total_seconds()
         except (AttributeError, RuntimeError):
-            _timeouts[name] = _DEFAULT_TIMEOUT
-    return _timeouts[name]
+            _timeouts[group] = _DEFAULT_TIMEOUT
+    return _timeouts[group]

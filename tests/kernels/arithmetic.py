@@ -63,9 +63,7 @@ def arithmetic(device: torch.device = DEVICE) -> dict[str, Callable[..., Tensor]
         "float fmod": lambda b, h, q, k: torch.fmod(q - k * 1.0, 0.3) < 0.1,
         "float floor": lambda b, h, q, k: (q - k) / 2 // 3 == -2,
         "float floor of 0.1": lambda b, h, q, k: (q * 0.1) // 0.1 <= k,
-        "float floor of infinity": lambda b, h, q, k: (
-            endless[q] // 2.0 == endless[k] // (k - 3.0)
-        ),
+        "float floor of infinity": lambda b, h, q, k: endless[q] // 2.0 == endless[k] // (k - 3.0),
         "double": lambda b, h, q, k: double[q] / 3.0 < double[k] * 0.3,
         "minimum with nan": lambda b, h, q, k: torch.minimum((q - 9.0).sqrt(), k + 0.5) < 3,
         "not": lambda b, h, q, k: ~(~q < k - 20),

@@ -108,6 +108,33 @@ def test_backward(
 
 
 @pytest.mark.parametrize(
+    ("D", "Dv", "backward"),
+    [
+        (24, 24, ["hopper_backward_kernel"]),
+        (20, 24, ["hopper_backward_kernel"]),
+        (24, 20, ["key_kernel", "query_kernel"]),  # rows of dout of 40 bytes
+        (18, 24, ["key_kernel", "query_kernel"]),  # of dQ, of 72
+    ],
+)
+def test_rows_of_gradients_that_tma_cannot_address(
+    D: int, Dv: int, backward: list[str], launches: Launches
+) -> None:
+    """Those of the inputs, slices of wider tensors, it can."""
+    q, k, v = (x[..., :d] for x, d in zip(tensors(24, 24)[:3], (D, D, Dv)))
+    mask = rf.create_block_mask(rf.causal(), None, None, 256, 256)
+    out, dout = torch.zeros(1, 2, 256, Dv).half(), torch.zeros(1, 2, 256, Dv).half()
+    after = Partial(out, torch.zeros(1, 2, 256))
+    hopper_kernel.forward(q, k, v, mask, None, 0.125, None, after, KernelOptions())
+    terms = RowTerms(*(torch.zeros(1, 2, 256) for _ in range(2)))
+    gradients = Gradients(
+        dq=torch.zeros(q.shape).half(), dk=torch.zeros(k.shape).half(),
+        dv=torch.zeros(v.shape).half(), dcaptures=[],
+    )  # fmt: skip
+    hopper_kernel.backward(dout, q, k, v, terms, mask, None, 0.125, gradients, KernelOptions())
+    assert launches.names == ["hopper_forward_kernel", *backward]
+
+
+@pytest.mark.parametrize(
     ("heads", "tokens", "beside", "backward", "apart"),
     [
         (8, 1024, False, "auto", True),  # 64 tiles of keys, for 132 multiprocessors

@@ -202,6 +202,32 @@ def test_what_fp64_cannot_be_divided_exactly_is_refused() -> None:
             lower_mask(body, [TableSpec.of(t) for t in body.tables(traced.captures)])
 
 
+def score_source(mod: Callable[..., Tensor], tanh: str = "accurate_tanh") -> str:
+    traced = trace_score(mod, torch.float32)
+    body = pointwise(traced)
+    specs = [TableSpec.of(t) for t in body.tables(traced.captures)]
+    return lower_score(body, specs, tanh=tanh).source
+
+
+def test_the_gpus_tanh_is_of_single_precision() -> None:
+    slopes = torch.arange(EXTENT, dtype=torch.float64)
+    single = score_source(lambda s, b, h, q, k: torch.tanh(s / 30.0), "fast_tanh")
+    double = score_source(lambda s, b, h, q, k: torch.tanh(s * slopes[q]), "fast_tanh")
+    assert "fast_tanh" in single and "accurate_tanh" not in single
+    assert "accurate_tanh" in double and "fast_tanh" not in double
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.complex64, torch.uint32])
+def test_other_dtypes_are_refused_by_name(dtype: torch.dtype) -> None:
+    with pytest.raises(NotImplementedError, match=f"it computes in {dtype}.*backend='eager' can"):
+        score_source(lambda s, b, h, q, k: s + q.to(dtype).real.float())
+
+
+def test_erfc_keeps_its_digits() -> None:
+    x = torch.linspace(-5, 9, EXTENT, device=DEVICE)
+    check_score(lambda s, b, h, q, k: torch.erfc(x[q]) * torch.exp(x[q] * x[q]) + s, 0, 3e-5)
+
+
 def test_tables_of_every_kind() -> None:
     """Rank, strides, dtype, negative places, scalars, and what does not depend on the indices."""
     table = torch.randn(6, 5, 24, 2)[1:, :, :, 1].permute(1, 0, 2)  # [5, 5, 24], no unit stride

@@ -115,15 +115,21 @@ def test_what_cannot_be_differentiated_is_refused_before_it_runs() -> None:
     def mod(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return s + (table * 2.0)[k].prod()
 
-    attention = lambda: rf.flex_attention(
-        p.q, p.k, p.v, mod, make(rf.causal()), enable_gqa=True, backend="triton"
+    attend = lambda q, mod: rf.flex_attention(
+        q, p.k.detach(), p.v.detach(), mod, make(rf.causal()), enable_gqa=True, backend="triton"
     )
+    attention = lambda: attend(p.q, mod)
     with torch.no_grad():
         assert attention().isfinite().all()
     with pytest.raises(NotImplementedError, match="backend='eager' can"):
         attention()
     table.requires_grad_(False)
     assert attention().isfinite().all()
+    q = p.q.detach()
+    floored = lambda s, b, h, q, k: s + (s // 1.0) * 0.1
+    assert attend(q, floored).isfinite().all()  # no input wants any
+    with pytest.raises(NotImplementedError, match="floor_divide"):
+        attend(q.requires_grad_(), floored)
 
 
 def test_only_tables_of_wanted_captures_get_gradients() -> None:
@@ -139,6 +145,20 @@ def test_only_tables_of_wanted_captures_get_gradients() -> None:
         )  # fmt: skip
         grads += torch.autograd.grad(lse.sum(), [a])
     torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_small_gradients_of_half_precision_captures_are_not_rounded_away() -> None:
+    """Each is below half precision's smallest normal number, their sum is not."""
+    p = SMALL.build(device=DEVICE)
+    bias = torch.zeros(SMALL.Hq, 7, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    grads = []
+    for backend in ("eager", "triton"):
+        out = rf.flex_attention(
+            p.q, p.k, p.v, rf.relative_position(bias), make(rf.causal()), enable_gqa=True,
+            backend=backend,
+        )  # fmt: skip
+        grads += torch.autograd.grad(out, [bias], p.dout * 3e-4)
+    torch.testing.assert_close(grads[0], grads[1], rtol=2e-3, atol=6e-8)
 
 
 def test_gradients_of_half_precision_captures_are_added_in_fp32() -> None:

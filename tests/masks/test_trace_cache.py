@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import graph_module
 
 import ringflex as rf
 from ringflex.masks import trace_cache
@@ -149,9 +150,7 @@ MODS: dict[str, Callable[..., Tensor]] = {
     "in a circle": lambda s, b, h, q, k: Settings.scaled_by_name(s),
     "getattr": lambda s, b, h, q, k: s * getattr(Settings, "factor"),  # noqa: B009
     "getattr of a name": lambda s, b, h, q, k: attribute(Settings, "factor", s),
-    "partial": functools.partial(
-        lambda settings, s, b, h, q, k: scaled_by(settings, s), Settings
-    ),
+    "partial": functools.partial(lambda settings, s, b, h, q, k: scaled_by(settings, s), Settings),
 }
 
 
@@ -223,3 +222,19 @@ def test_memory_is_bounded() -> None:
     for cap in range(1, trace_cache._KEPT + 20):
         traced_score(rf.softcap(float(cap)), F32)
     assert len(trace_cache._traces) == trace_cache._KEPT
+
+
+def test_no_sources_are_kept() -> None:
+    """fx would keep one or two for each time that a mod is traced."""
+
+    class Model:
+        factor = 2.0
+
+    model = Model()
+    kept = graph_module._loader.eval_cache
+    q, k, v = (torch.randn(1, 1, 8, 4, requires_grad=True) for _ in range(3))
+    before = len(kept)
+    for _ in range(3):
+        out = rf.flex_attention(q, k, v, lambda s, b, h, q, k: s * model.factor)
+        out.sum().backward()
+    assert len(kept) == before

@@ -44,6 +44,26 @@ def test_an_index_of_bytes_is_refused() -> None:
         trace_mask(lambda b, h, q, k: table[places[q]] > k)
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: torch.rand(()),
+        lambda x: torch.rand_like(x),
+        lambda x: torch.randint(2, ()).float(),
+        lambda x: torch.nn.functional.dropout(x, 0.1),
+        lambda x: torch.bernoulli(x),
+    ],
+)
+def test_random_numbers_are_refused(draw: Mod) -> None:
+    """A mod is evaluated several times: they would differ between forward and backward."""
+    for trace, mod in (
+        (trace_mask, lambda b, h, q, k: draw(q * 0.1) < 0.5),
+        (lambda f: trace_score(f, torch.float32), lambda s, b, h, q, k: s * draw(q * 0.1)),
+    ):
+        with pytest.raises(ValueError, match=r"draws random numbers by aten\..*refusals\.py:"):
+            trace(mod)
+
+
 def branching(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     if q_idx > kv_idx:  # this very line is named
         return q_idx > 3

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import product
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -16,6 +17,7 @@ import ringflex as rf
 from attention_cases import LAYOUTS, STRATEGIES, Case, Problem, attend
 from rank_pool import RankPool
 from ringflex.parallel.comm import Communicator, PlanAgreement
+from ringflex.parallel.watch import has_nccl, timeout_of
 
 RECORD = 512  # bytes that a rank may spend on agreement in a call
 
@@ -202,3 +204,29 @@ def test_who_waits_in_vain_says_for_what_and_whom(pool: RankPool) -> None:
     of_exchange, of_agreement = pool.run(waiting_on_rank, 8)[0]
     assert of_exchange.startswith("rank 0, step 3: K/V from rank 1 failed: ")
     assert of_agreement.startswith("rank 0: another rank did not come to agree on a plan: ")
+
+
+@pytest.mark.parametrize(
+    ("config", "nccl"),
+    [("cpu:gloo", False), ("cuda:nccl", True), ("cpu:gloo,cuda:nccl", True)],
+)
+def test_a_group_made_without_a_backends_name(config: str, nccl: bool) -> None:
+    """torch calls that "undefined"; what it chose stands in the configuration."""
+    with patch.object(dist, "get_backend_config", return_value=config):
+        with patch.object(dist, "get_backend", return_value="undefined"):
+            assert has_nccl(object()) == nccl  # type: ignore[arg-type]
+
+
+def test_timeouts_are_those_of_the_group_at_hand(tmp_path: Path) -> None:
+    """A world that follows another has its name."""
+    found = []
+    for seconds in (30, 11):
+        store = dist.FileStore(str(tmp_path / str(seconds)), 1)
+        dist.init_process_group(
+            "gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=seconds)
+        )
+        try:
+            found.append(timeout_of(dist.group.WORLD))
+        finally:
+            dist.destroy_process_group()
+    assert found == [30, 11]

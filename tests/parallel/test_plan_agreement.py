@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,6 +49,12 @@ def shifted_layout() -> rf.Layout:
     )
 
 
+def layout_of(owner: Any) -> Callable[[], dict[str, Any]]:
+    return lambda: {
+        "layout": rf.Layout(name="own", seq_len=S, world_size=W, block_size=16, owner=owner)
+    }
+
+
 PLAN_REFUSALS = {
     "no tokens": Mistake(
         change=lambda: {"seq_len": 0}, text="seq_len must be a positive int, got 0"
@@ -86,6 +93,27 @@ PLAN_REFUSALS = {
     "layout for other blocks": Mistake(
         change=layout_for(S, W, 32),
         text="the layout is for (seq_len, world_size, block_size) = (100, 3, 32)",
+    ),
+    "layout of too few blocks": Mistake(
+        change=layout_of(np.arange(W)),
+        text="owner names 3 blocks of 16 tokens, too few for 100 tokens",
+    ),
+    "layout of unlike shares": Mistake(
+        change=layout_of(np.array([0, 0, 0, 0, 1, 1, 1, 2, 2])),
+        text="every rank below 3 must own as many blocks; by rank they own {0: 4, 1: 3, 2: 2}",
+    ),
+    "layout of a rank that is not there": Mistake(
+        change=layout_of(np.arange(12) % 4),
+        text="every rank below 3 must own as many blocks",
+    ),
+    "layout of a list": Mistake(
+        change=layout_of([0, 1, 2] * 3),
+        error=TypeError,
+        text="owner must be an int64 array [blocks], got [0, 1, 2,",
+    ),
+    "mask that reads beyond a table within": Mistake(
+        change=lambda: {"mask_mod": lambda b, h, q, k: torch.arange(8)[(q - 50).abs() // 4] > 3},
+        text="reads beyond a captured tensor of shape (8,)",
     ),
     "unknown strategy": Mistake(
         change=lambda: {"strategy": "fastest"},

@@ -180,6 +180,9 @@ def test_bad_input_is_refused() -> None:
         Machine(near=0)
     with pytest.raises(ValueError, match="latency must not be negative"):
         Machine(latency=-1)
+    for bad in (2.0, True):
+        with pytest.raises(ValueError, match=f"gpus_per_node must be an int, got {bad}"):
+            Machine(gpus_per_node=bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kv_heads must be a positive int, got 0"):
         AttentionShape(kv_heads=0)
     with pytest.raises(ValueError, match="32 heads are not a multiple of 5 of K/V"):

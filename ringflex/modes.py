@@ -1,4 +1,5 @@
-"""Keeping autocast out: masks, mods and kernels choose their dtypes themselves."""
+"""Keeping torch's modes out: autocast, as masks, mods and kernels choose their dtypes themselves,
+and inference mode, as what is kept with a mask, a mod or a plan is for training, too."""
 
 from __future__ import annotations
 
@@ -16,4 +17,14 @@ def without_autocast(*device_types: str) -> AbstractContextManager[Any]:
     stack = ExitStack()
     for kind in kinds:
         stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
+
+
+def without_inference_mode() -> AbstractContextManager[Any]:
+    """No gradients in place of inference mode, whose tensors no backward could use later."""
+    if not torch.is_inference_mode_enabled():
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.no_grad())
     return stack
