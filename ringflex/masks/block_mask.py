@@ -159,9 +159,8 @@ class BlockMask:
         bq, bk = self.block_size
         states = torch.from_numpy(self.block_map()).repeat_interleave(bq, 2)
         states = states.repeat_interleave(bk, 3)
-        q_idx = (torch.from_numpy(self.q_starts)[:, None] + torch.arange(bq, device="cpu")).reshape(
-            -1
-        )
+        q_idx = torch.from_numpy(self.q_starts)[:, None] + torch.arange(bq, device="cpu")
+        q_idx = q_idx.reshape(-1)
         kv_idx = torch.from_numpy(self.kv_starts)[:, :, None] + torch.arange(bk, device="cpu")
         kv_idx = kv_idx.reshape(kv_idx.shape[0], 1, 1, -1)
         inside = (q_idx < self.q_limit).reshape(1, 1, -1, 1) & (kv_idx < self.kv_limit)

@@ -208,7 +208,12 @@ def test_who_waits_in_vain_says_for_what_and_whom(pool: RankPool) -> None:
 
 @pytest.mark.parametrize(
     ("config", "nccl"),
-    [("cpu:gloo", False), ("cuda:nccl", True), ("cpu:gloo,cuda:nccl", True)],
+    [
+        ("cpu:gloo", False),
+        ("cuda:nccl", True),
+        ("cpu:gloo,cuda:nccl", True),
+        ("undefined", torch.cuda.is_available()),
+    ],
 )
 def test_a_group_made_without_a_backends_name(config: str, nccl: bool) -> None:
     """torch calls that "undefined"; what it chose stands in the configuration."""
