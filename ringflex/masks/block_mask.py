@@ -51,10 +51,12 @@ class BlockMask:
 
     @property
     def q_blocks(self) -> int:
+        """Blocks of queries in hand."""
         return self.q_starts.size
 
     @property
     def kv_blocks(self) -> int:
+        """Blocks of keys in hand."""
         return self.kv_starts.shape[1]
 
     @property

@@ -94,6 +94,7 @@ class AttentionShape:
 
     @property
     def dims(self) -> tuple[int, int]:
+        """Head dims of queries and keys, and of values."""
         return self.head_dim, self.v_head_dim or self.head_dim
 
     def share(self, gpus: int) -> AttentionShape:

@@ -24,6 +24,8 @@ from parallel.mistakes import (
 )
 from rank_pool import RankPool
 
+EIGHT = torch.arange(8)
+
 
 def branching(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     return kv_idx <= q_idx if q_idx > 10 else kv_idx == 0
@@ -112,7 +114,7 @@ PLAN_REFUSALS = {
         text="owner must be an int64 array [blocks], got [0, 1, 2,",
     ),
     "mask that reads beyond a table within": Mistake(
-        change=lambda: {"mask_mod": lambda b, h, q, k: torch.arange(8)[(q - 50).abs() // 4] > 3},
+        change=lambda: {"mask_mod": lambda b, h, q, k: EIGHT[q * (99 - q) // 200] > 3},
         text="reads beyond a captured tensor of shape (8,)",
     ),
     "unknown strategy": Mistake(
