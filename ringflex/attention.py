@@ -21,13 +21,14 @@ from ringflex.masks.from_torch import from_torch
 from ringflex.masks.mods import full
 from ringflex.masks.trace_cache import traced_score
 from ringflex.masks.traced_mod import TracedMod
-from ringflex.modes import without_inference_mode
+from ringflex.modes import outside_compiled_code, without_inference_mode
 from ringflex.parallel import ulysses
 from ringflex.parallel.autograd import attention
 from ringflex.parallel.plan import Plan
 from ringflex.parallel.planner import single_device_plan
 
 
+@outside_compiled_code
 def flex_attention(
     query: Tensor,
     key: Tensor,
@@ -78,29 +79,6 @@ def flex_attention(
     Raises:
         TypeError, ValueError, NotImplementedError: on every rank, before the first transfer.
     """
-    arguments = (
-        query, key, value, score_mod, block_mask, scale, enable_gqa, return_lse, kernel_options,
-        return_aux, sinks, backend,
-    )  # fmt: skip
-    if torch.compiler.is_compiling():  # kernels are compiled as it is; what chooses them cannot be
-        return torch.compiler.disable(_attend)(*arguments)
-    return _attend(*arguments)
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score_mod: Callable[..., Tensor] | None,
-    block_mask: BlockMask | TorchBlockMask | Plan | None,
-    scale: float | None,
-    enable_gqa: bool,
-    return_lse: bool,
-    kernel_options: dict[str, Any] | None,
-    return_aux: AuxRequest | None,
-    sinks: Tensor | None,
-    backend: str,
-) -> Any:
     if not isinstance(block_mask, Plan):
         key, value = _of_all_sequences(query, key, value)
     comm = block_mask.comm if isinstance(block_mask, Plan) and block_mask.world_size > 1 else None
