@@ -21,7 +21,7 @@ from ringflex.masks.from_torch import from_torch
 from ringflex.masks.mods import full
 from ringflex.masks.trace_cache import traced_score
 from ringflex.masks.traced_mod import TracedMod
-from ringflex.modes import outside_compiled_code, without_inference_mode
+from ringflex.modes import outside_compiled_code, outside_inference_mode
 from ringflex.parallel import ulysses
 from ringflex.parallel.autograd import attention
 from ringflex.parallel.plan import Plan
@@ -29,6 +29,7 @@ from ringflex.parallel.planner import single_device_plan
 
 
 @outside_compiled_code
+@outside_inference_mode
 def flex_attention(
     query: Tensor,
     key: Tensor,
@@ -83,33 +84,31 @@ def flex_attention(
         key, value = _of_all_sequences(query, key, value)
     comm = block_mask.comm if isinstance(block_mask, Plan) and block_mask.world_size > 1 else None
     error: Exception | None = None
-    with without_inference_mode():
-        try:
-            options = KernelOptions.of(kernel_options)
-            plan, score, resolved_scale, chosen = _resolve(
-                query, key, value, score_mod, block_mask, scale, enable_gqa, return_lse,
-                return_aux, sinks, backend,
-            )  # fmt: skip
-        except Exception as problem:  # the other ranks must hear of it where they wait for this one
-            if comm is None:
-                raise
-            error = problem
-        if comm is not None:
-            assert isinstance(block_mask, Plan)
-            identity = ""
-            if error is None:
-                identity = _identity(plan, query, key, value, score, resolved_scale, sinks)
-                identity += f", backend {chosen.name}, {options}"
-            # On GPUs reading the answer would stall the stream: ask once for each kind of call.
-            if error or not comm.on_gpu or identity not in block_mask.cache:
-                digest = hashlib.blake2b(identity.encode(), digest_size=16).digest()
-                comm.agree(identity, digest, error)
-                block_mask.cache[identity] = True
-        given = (resolved_scale, options, query, key, value, sinks)
-        if plan.nodes is not None:
-            out, lse = ulysses.attention(plan, chosen.kernel, score_mod, score, *given)
-        else:
-            out, lse = attention(plan, chosen.kernel, score, *given)
+    try:
+        options = KernelOptions.of(kernel_options)
+        plan, score, resolved_scale, chosen = _resolve(
+            query, key, value, score_mod, block_mask, scale, enable_gqa, return_lse,
+            return_aux, sinks, backend,
+        )  # fmt: skip
+    except Exception as problem:  # the other ranks must hear of it where they wait for this one
+        if comm is None:
+            raise
+        error = problem
+    if comm is not None:
+        assert isinstance(block_mask, Plan)
+        identity = ""
+        if error is None:
+            identity = _identity(plan, query, key, value, score, resolved_scale, sinks)
+            identity += f", backend {chosen.name}, {options}"
+        # On GPUs reading the answer would stall the stream: ask once for each kind of call.
+        if error or not comm.on_gpu or identity not in block_mask.cache:
+            comm.agree(identity, hashlib.blake2b(identity.encode(), digest_size=16).digest(), error)
+            block_mask.cache[identity] = True
+    given = (resolved_scale, options, query, key, value, sinks)
+    if plan.nodes is not None:
+        out, lse = ulysses.attention(plan, chosen.kernel, score_mod, score, *given)
+    else:
+        out, lse = attention(plan, chosen.kernel, score, *given)
     if return_aux is not None:
         return out, AuxOutput(lse=lse if return_aux.lse else None)
     return (out, lse) if return_lse else out

@@ -26,14 +26,18 @@ def without_autocast(*device_types: str) -> AbstractContextManager[Any]:
     return stack
 
 
-def without_inference_mode() -> AbstractContextManager[Any]:
-    """No gradients in place of inference mode, whose tensors no backward could use later."""
-    if not torch.is_inference_mode_enabled():
-        return nullcontext()
-    stack = ExitStack()
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.no_grad())
-    return stack
+def outside_inference_mode(fn: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """The function; in inference mode, whose tensors no backward could use later, without gradients
+    in its place."""
+
+    @functools.wraps(fn)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if not torch.is_inference_mode_enabled():
+            return fn(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return fn(*args, **kwargs)
+
+    return call
 
 
 def outside_compiled_code(fn: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

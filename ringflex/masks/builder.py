@@ -19,7 +19,7 @@ from ringflex.masks.bounds import ALL, NONE, UNDECIDED, MaskBounds, Rectangles
 from ringflex.masks.runs import Array, Runs, counting
 from ringflex.masks.trace_cache import traced_mask
 from ringflex.masks.traced_mod import TracedMod
-from ringflex.modes import without_inference_mode
+from ringflex.modes import outside_inference_mode
 
 _FEW = 512  # rectangles
 _ELEMENTS_AT_ONCE = 1 << 20  # of mask evaluated together when blocks are settled exactly
@@ -221,6 +221,7 @@ def _halve(rect: Array, which: Array, lower: int) -> tuple[Array, Array]:
     return rect, order
 
 
+@outside_inference_mode
 def create_block_mask(
     mask_mod: Callable[..., Tensor],
     B: int | None,
@@ -256,10 +257,9 @@ def create_block_mask(
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive int, got {value!r}")
+    builder = BlockMaskBuilder(
+        traced_mask(mask_mod), B=B, H=H, q_limit=Q_LEN, kv_limit=KV_LEN, block_size=block_size
+    )
     bq, bk = block_size
     q_starts = np.arange(-(-Q_LEN // bq), dtype=np.int64) * bq
-    with without_inference_mode():
-        builder = BlockMaskBuilder(
-            traced_mask(mask_mod), B=B, H=H, q_limit=Q_LEN, kv_limit=KV_LEN, block_size=block_size
-        )
-        return builder.build(q_starts, -(-KV_LEN // bk), q_len=Q_LEN, kv_len=KV_LEN)
+    return builder.build(q_starts, -(-KV_LEN // bk), q_len=Q_LEN, kv_len=KV_LEN)

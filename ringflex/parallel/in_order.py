@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ringflex.modes import without_inference_mode
+from ringflex.modes import outside_inference_mode
 from ringflex.parallel.comm import Communicator
 
 # One thread for each group, from the first plan that is made in the background on.
@@ -35,8 +35,7 @@ def finish_behind(planning: Any, comm: Communicator | None) -> Future[Any]:
 def finish(planning: Any, comm: Communicator | None) -> Any:
     """Finishes a plan now; if others of the group are made in the background, after these."""
     if comm is None or comm.group not in _workers:
-        with without_inference_mode():
-            return planning.finish()
+        return _finish(planning)
     return finish_behind(planning, comm).result()
 
 
@@ -47,6 +46,7 @@ def _worker() -> ThreadPoolExecutor:
 _alone = functools.cache(_worker)  # of plans without a group
 
 
+@outside_inference_mode
 def _finish(planning: Any) -> Any:
-    with torch.no_grad():  # of a thread of its own
+    with torch.no_grad():  # which a thread of its own does not inherit
         return planning.finish()

@@ -10,7 +10,7 @@ import numpy as np
 
 from ringflex.masks.block_mask import BlockMask
 from ringflex.masks.runs import Array
-from ringflex.modes import without_inference_mode
+from ringflex.modes import outside_inference_mode
 from ringflex.parallel.comm import Agreement, Communicator, communicator
 from ringflex.parallel.draft import Draft, MaskFunction, Part, Request
 from ringflex.parallel.faster import FasterPlanning, is_faster, may_deal_heads
@@ -118,21 +118,20 @@ def plan(
     return plans
 
 
+@outside_inference_mode
 def start_planning(
     mask_mod: Callable[[], MaskFunction | Mapping[str, MaskFunction]],
     comm: Communicator | None,
     request: Mapping[str, Any],
 ) -> Planning | UlyssesPlanning | FasterPlanning:
     """A plan under way; see `Planning`."""
-    from ringflex.parallel.ulysses import UlyssesPlanning
-
-    make: type[Planning] | type[UlyssesPlanning] | type[FasterPlanning] = Planning
     if comm is not None and may_deal_heads(request, comm.size):
-        make = FasterPlanning
-    elif request["strategy"] == "ulysses":
-        make = UlyssesPlanning
-    with without_inference_mode():
-        return make(mask_mod, comm, request)
+        return FasterPlanning(mask_mod, comm, request)
+    if request["strategy"] == "ulysses":
+        from ringflex.parallel.ulysses import UlyssesPlanning
+
+        return UlyssesPlanning(mask_mod, comm, request)
+    return Planning(mask_mod, comm, request)
 
 
 class Planning:
@@ -203,6 +202,7 @@ class Planning:
         return plans if self.several else plans[""]
 
 
+@outside_inference_mode
 def plan_all(
     mask_mod: MaskFunction,
     seq_len: int,

@@ -82,9 +82,9 @@ def _is_over(watched: _Watched) -> bool:
 
 def has_nccl(group: dist.ProcessGroup) -> bool:
     """Whether NCCL moves the group's tensors; also of a group made without naming a backend, as
-    `init_device_mesh` makes the world's, whose backend torch calls "undefined"."""
+    `init_device_mesh` makes the world's. torch calls its backend "undefined"; what it chose stands
+    in the configuration, but maybe not in that of a part of such a world."""
     config = dist.get_backend_config(group)
-    # So it may be called here, too, of a part of such a world.
     return "nccl" in config or (config == "undefined" and torch.cuda.is_available())
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 import ringflex as rf
 from attention_cases import LAYOUTS
-from machine_speed import slowness
 from mask_zoo import MASKS
 from parallel.mistakes import OFFENDER, SECONDS, S, W, check_refusal, good_plan_arguments
 from parallel.test_plan_agreement import PLAN_REFUSALS
@@ -357,9 +356,9 @@ def test_time(world_size: int) -> None:
         chunk = chunk_blocks(tokens // 128, world_size, 1)
         mask = create_block_mask(log_normal(0, tokens), None, None, tokens, tokens)
         survey = Survey.of([mask], chunk)
-        slow, start = slowness(), time.process_time()
+        start = time.process_time()
         layout = balanced_layout(survey, tokens, world_size, 128, COSTS, Relays.NEVER)
-        assert (time.process_time() - start) / slow < seconds
+        assert time.process_time() - start < seconds
         assert layout.blocks == tokens // 128
 
 

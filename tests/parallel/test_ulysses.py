@@ -237,6 +237,25 @@ def test_ranks_choose_alike(pool: RankPool) -> None:
         assert found[:1] + found[2:] == ["ulysses"] * 5 and found[1] != "ulysses"
 
 
+def evaluated_first_on_rank(group: dist.ProcessGroup, strategy: str) -> bool:
+    case = replace(HEADS, mask="causal documents", score="alibi", sinks=False)
+    problem = case.build()
+    with torch.inference_mode():
+        plan = rf.plan(
+            problem.mask, case.seq_len, group, B=case.B, strategy=strategy, block_size=16
+        )
+        shard = problem.shard(plan)
+        out = rf.flex_attention(shard.q, shard.k, shard.v, shard.score, plan, enable_gqa=True)
+    shard = problem.shard(plan)
+    trained = attend(shard, plan)
+    return torch.equal(out, trained.out) and bool(trained.dq.isfinite().all())
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "direct"])
+def test_a_plan_of_inference_mode_serves_training(pool: RankPool, strategy: str) -> None:
+    assert pool.run(evaluated_first_on_rank, 2, strategy) == [True] * 2
+
+
 def test_a_picture(tmp_path: Path) -> None:
     plan = rf.plan_all(
         rf.causal(), 4096, 16, strategy="ulysses", machine=rf.Machine(gpus_per_node=8)
