@@ -30,8 +30,9 @@ A kernel is a module with
   query, once for all steps: among it `delta = dout . out - dlse`, `[B, Hq, q_len or more]`.
   `apart`: what `has_separate_passes` said.
 - `backward` adds this K/V's share of the gradients into `gradients`, or overwrites them.
-- `may_overlap`: whether calls of `backward` for different K/V and without gradients of captures may
-  run on the GPU at the same time.
+- `may_overlap`: whether calls of `forward` whose stages have different queries, and of `backward`
+  for different K/V and without gradients of captures, may run on the GPU at the same time. If not,
+  one reads and writes what is another's, though it leaves it as it was.
 - `has_separate_passes`: whether it computes dQ and dK/dV apart, so that asking for one, then for
   the other, costs no more than asking for both. `beside`: as of the gradients that are asked for.
 

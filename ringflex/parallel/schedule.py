@@ -46,7 +46,7 @@ def forward(
     """Attention over all K/V of the plan, merged with `before`, to `after`; see the contract.
 
     On a GPU, queries that see only local K/V are left behind the rest (see `lanes`), and in the
-    last step those that merge with nothing.
+    last step those that merge with nothing; of a kernel whose launches may overlap.
     """
     assert after.out is not None
     at_once = kernel.blocks_at_once(q, plan.layout.block_size) / (q.shape[0] * q.shape[1])
@@ -70,12 +70,13 @@ def forward(
                     plan.has_transfers, home if what.more else None, behind,
                 )  # fmt: skip
 
-    with lanes.ahead() if any(what.mask is not None for what in apart) else nullcontext():
+    leaves = kernel.may_overlap and any(what.mask is not None for what in apart)
+    with lanes.ahead() if leaves else nullcontext():
         for number, _, held in _Walk(plan, home, lanes):
             left = apart[number != 0] if number in (0, last) else None
             if left is not None and left.mask is not None:
                 times = min(_MOST_ASKS, 1 + _FORWARD_ASKS * (last - number))
-                with lanes.behind(lanes.mark(), times) as way:
+                with lanes.behind(lanes.mark(), times) if leaves else nullcontext() as way:
                     launch(number, held, left, way)
             if computes[number].mask is not None:
                 lanes.make_way()

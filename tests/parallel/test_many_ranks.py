@@ -194,6 +194,25 @@ def test_what_is_left_behind_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [int(word) for word in told["backward"]] == [3 + 4 + 3] * 3
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_must_not_overlap_is_not_left_behind(
+    overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The eager kernel copies whole tensors: on another stream it would undo what others write."""
+    assert not eager.may_overlap
+    left: list[str] = []
+    behind = Lanes.behind
+
+    def note(self: Lanes, *args: Any) -> Any:
+        left.append("behind")
+        return behind(self, *args)
+
+    monkeypatch.setattr(Lanes, "behind", note)
+    kernel = SimpleNamespace(**vars(eager) | {"may_overlap": overlap})
+    simulate(Case(mask="causal", seq_len=384, B=1, block_size=16, dtype=torch.float32), 3, kernel)
+    assert bool(left) is overlap
+
+
 @pytest.mark.parametrize("strategy", ["ring", "hierarchical"])
 def test_gradients_may_travel_in_bf16(strategy: str) -> None:
     case = Case(mask="causal", seq_len=128, B=1, dtype=torch.float32)
