@@ -42,6 +42,8 @@ class Network:
 class SimulatedCommunicator:
     """What a schedule needs of a `Communicator`."""
 
+    on_gpu = False
+
     def __init__(self, network: Network, rank: int, size: int) -> None:
         self.network, self.rank, self.size = network, rank, size
         self.bytes_sent = self.bytes_received = 0

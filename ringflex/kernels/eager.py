@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ringflex.kernels.contract import Gradients, KernelOptions, Partial, Way, compute_dtype
+from ringflex.kernels.device_arrays import ready_for_current_stream
 from ringflex.kernels.stages import Stage
 from ringflex.kernels.tiles import Chunk, chunks_of
 from ringflex.masks.block_mask import BlockMask
@@ -267,6 +268,7 @@ class _Tiles:
             elements=_SCORES_IN_FLIGHT.get(q.device.type, _SCORES_IN_FLIGHT["cuda"]),
             device=q.device,
         )
+        ready_for_current_stream(x for chunk in self.chunks for x in vars(chunk).values())
 
     def query_blocks(self, x: Tensor) -> Tensor:
         """`[B, Hq, q_len, ...]` -> `[B, Hkv, G, q blocks, bq, ...]`, a view unless padded."""

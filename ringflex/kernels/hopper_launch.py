@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -160,7 +161,7 @@ class _Counters:
     def __init__(self, device: torch.device) -> None:
         pool = torch.zeros(_COUNTERS, 4, dtype=torch.int32, device=device)  # 16 bytes each
         self.slots = list(pool)
-        self.next = 0
+        self.numbers = itertools.count()  # threads that launch at once get different ones
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.current_stream(device).synchronize()  # another stream may be the next
 
@@ -174,8 +175,7 @@ def counters(device: torch.device, way: Way | None = None) -> Tensor:
     """Zeros for one launch, int32: the next tile, programs that have left, and how often it was
     told to make way, by whoever comes later; stale, that costs a little time."""
     ring = _ring(device)
-    ring.next = (ring.next + 1) % _COUNTERS
-    slot = ring.slots[ring.next]
+    slot = ring.slots[next(ring.numbers) % _COUNTERS]
     if way is not None:
         way.word = slot[2:3]
     return slot

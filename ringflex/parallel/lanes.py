@@ -39,7 +39,7 @@ class Lanes:
         if self._own is None:
             yield
             return
-        stream = _ahead_of(self._own.device_index)
+        stream = _ahead_of(self._own)
         stream.wait_stream(self._own)
         try:
             with on(stream):
@@ -65,12 +65,14 @@ class Lanes:
             yield way
             return
         if len(self._ways) > 1:  # not after the one before
-            stream = _aside_of(stream.device_index)
+            stream = _aside_of(stream)
         assert after is not None
         stream.wait_event(after)
-        with on(stream):
-            yield way
-        self._left.append(stream.record_event())
+        try:
+            with on(stream):
+                yield way
+        finally:
+            self._left.append(stream.record_event())
 
     def make_way(self) -> None:
         """Inside `ahead`: what was left behind ends where it is, to go on behind what is launched,
@@ -116,15 +118,18 @@ class on:
 
 @functools.cache
 def _numbers() -> list[Tensor]:
-    return list(torch.arange(_MOST + 1, dtype=torch.int32).pin_memory().split(1))
+    numbers = torch.arange(_MOST + 1, dtype=torch.int32, device="cpu")
+    return list(numbers.pin_memory().split(1))
 
 
 @functools.cache
-def _aside_of(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _aside_of(own: torch.cuda.Stream) -> torch.cuda.Stream:
+    return torch.cuda.Stream(own.device_index)
 
 
 @functools.cache
-def _ahead_of(device: int) -> torch.cuda.Stream:
-    """One for all calls: memory that it was given stays with it."""
-    return torch.cuda.Stream(device, priority=_PRIORITY)
+def _ahead_of(own: torch.cuda.Stream) -> torch.cuda.Stream:
+    """One for all calls: memory that it was given stays with it. But for each stream of the
+    program one of its own: what is returned out of that memory is read there, and may be given to
+    the next call once that has been waited for."""
+    return torch.cuda.Stream(own.device_index, priority=_PRIORITY)

@@ -71,8 +71,8 @@ def forward(
                 )  # fmt: skip
 
     leaves = kernel.may_overlap and any(what.mask is not None for what in apart)
-    with lanes.ahead() if leaves else nullcontext():
-        for number, _, held in _Walk(plan, home, lanes):
+    with lanes.ahead() if leaves else nullcontext(), _Walk(plan, home, lanes) as walk:
+        for number, _, held in walk:
             left = apart[number != 0] if number in (0, last) else None
             if left is not None and left.mask is not None:
                 times = min(_MOST_ASKS, 1 + _FORWARD_ASKS * (last - number))
@@ -109,9 +109,8 @@ def backward(
     overlaps = not apart and kernel.may_overlap and not any(d is not None for d in dcaptures)
     overlaps = overlaps and plan.has_transfers
     lanes = Lanes(q.device)
-    with lanes.ahead():
-        returns = _Returns(plan, home, lanes, options)
-        walk = _Walk(plan, Pair(k, v), lanes, returns)
+    returns = _Returns(plan, home, lanes, options)
+    with lanes.ahead(), _Walk(plan, Pair(k, v), lanes, returns) as walk:
         for number, step, held in walk:
             if number == 0:
                 if step.mask is None:
@@ -225,6 +224,15 @@ class _Walk:
         self.number = 0
         self.arriving: Messages | None = None
         self.exchange: Exchange | None = None
+
+    def __enter__(self) -> _Walk:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Where something failed, NCCL may still fill buffers that go now: their memory is not to
+        be used again before."""
+        if kind is not None and self.exchange is not None and _comm(self.plan).on_gpu:
+            self.wait()
 
     def __iter__(self) -> Iterator[tuple[int, Step, Pair]]:
         for number, step in enumerate(self.plan.steps):

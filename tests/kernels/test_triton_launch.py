@@ -35,6 +35,8 @@ class Recorded(CompiledKernel):
 
 
 class Jitted:
+    active: Any
+
     def __init__(self, compiled: Recorded) -> None:
         self.compiled, self.launches = compiled, 0
 
@@ -54,7 +56,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Jitted:
     )
     monkeypatch.setattr(triton_launch, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr("triton.compiler.compiler.driver", SimpleNamespace(active=active))
-    return Jitted(Recorded())
+    kernel = Jitted(Recorded())
+    kernel.active = active
+    return kernel
 
 
 def test_as_triton_would(kernel: Jitted) -> None:
@@ -72,6 +76,33 @@ def test_as_triton_would(kernel: Jitted) -> None:
     assert ours[hooks] == (None, None, None)
     assert ours[9:] == tritons[9:] == ("second", "fixed", "constant")
     assert kernel.launches == 1
+
+
+def test_arguments_are_made_ready_for_each_stream(
+    kernel: Jitted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, but for launches within a capture, which cannot wait for what is outside."""
+    made: list[tuple[Any, ...]] = []
+    current: list[int | None] = [7]
+
+    def ready(arrays: tuple[Any, ...]) -> int | None:
+        made.append(arrays)
+        return current[-1]
+
+    monkeypatch.setattr(triton_launch, "ready_for_current_stream", ready)
+    kernel.active.get_current_stream = lambda device: current[-1] or 9
+    launch = Prepared(kernel, GRID, ("fixed",), ("constant",), Tile(64, 64, 4, 2))
+    launch(), launch(), launch()
+    assert made == [("fixed", "constant")]
+    current.append(8)
+    launch(), launch()
+    assert len(made) == 2
+    current.append(None)
+    launch(), launch()
+    assert len(made) == 4
+    current.append(7)
+    launch()
+    assert len(made) == 4
 
 
 def test_profilers_hear_of_every_launch(kernel: Jitted) -> None:

@@ -45,9 +45,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     gpu = Gpu()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: gpu.current)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(gpu, "current", stream))
-    for name in ("ahead", "aside"):
-        stream = Stream(name, gpu.log)
-        monkeypatch.setattr(lanes, f"_{name}_of", lambda device, stream=stream: stream)
+    made = lambda device, priority=0: Stream("ahead" if priority else "aside", gpu.log)
+    monkeypatch.setattr(torch.cuda, "Stream", made)
+    for cached in (lanes._ahead_of, lanes._aside_of):
+        cached.cache_clear()
     return gpu
 
 
@@ -79,6 +80,17 @@ def test_what_is_left_behind_runs_beside_what_is_ahead(gpu: Gpu) -> None:
     ]
 
 
+def test_each_stream_of_the_program_has_lanes_of_its_own(gpu: Gpu) -> None:
+    """What `ahead` returns is memory of that stream, which the next call uses again once it has
+    waited for its own."""
+    own, other = gpu.current, Stream("other", gpu.log)
+    streams = []
+    for gpu.current in (own, other, own):
+        with Lanes(GPU).ahead():
+            streams.append(gpu.current)
+    assert streams[0] is streams[2] is not streams[1]
+
+
 def test_streams_are_as_before_where_something_fails(gpu: Gpu) -> None:
     own = gpu.current
 
@@ -93,4 +105,6 @@ def test_streams_are_as_before_where_something_fails(gpu: Gpu) -> None:
     with pytest.raises(RuntimeError, match="no room"):
         fail()
     assert gpu.current is own
-    assert gpu.log[-2:] == ["ahead waits for own@4", "own waits for ahead"]
+    assert gpu.log[-3:] == [
+        "ahead waits for own@4", "ahead waits for aside@7", "own waits for ahead",
+    ]  # fmt: skip

@@ -26,7 +26,7 @@ from ringflex.kernels.contract import KernelOptions, Way
 from ringflex.parallel import lanes
 from ringflex.parallel.lanes import Lanes
 from ringflex.reference import Reference, reference_attention_with_gradients
-from simulated_ranks import run_ranks
+from simulated_ranks import SimulatedCommunicator, SimulatedExchange, run_ranks
 
 NATIVE = DEVICE.type == "cuda"
 MANY_STEPS = rf.Machine(at_once=0)
@@ -211,6 +211,33 @@ def test_what_must_not_overlap_is_not_left_behind(
     kernel = SimpleNamespace(**vars(eager) | {"may_overlap": overlap})
     simulate(Case(mask="causal", seq_len=384, B=1, block_size=16, dtype=torch.float32), 3, kernel)
     assert bool(left) is overlap
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_buffers_are_not_used_again_where_a_step_fails(
+    on_gpu: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the GPU's stream; a CPU would wait for a peer that may have failed as well."""
+    waited: list[int] = []
+    wait = SimulatedExchange.wait
+
+    def note(self: SimulatedExchange) -> None:
+        waited.append(self.comm.rank)
+        wait(self)
+
+    def fail(*given: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(SimulatedCommunicator, "on_gpu", on_gpu)
+    case = Case(mask="causal", seq_len=64, B=1, dtype=torch.float32)
+    simulate(case, 2)
+    monkeypatch.setattr(SimulatedExchange, "wait", note)
+    kernel = SimpleNamespace(**vars(eager) | {way: fail})
+    with pytest.raises(MemoryError, match="no room"):
+        simulate(case, 2, kernel)
+    of_the_forward = [0, 1] if way == "backward" else []
+    assert sorted(waited) == sorted(of_the_forward + [0, 1] * on_gpu)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "hierarchical"])
