@@ -49,6 +49,19 @@ class BlockMask:
     partial: Runs
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # device copies, by kernel
 
+    def __copy__(self) -> BlockMask:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> BlockMask:
+        """Itself, which does not change: so a module that holds it can be copied."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a BlockMask cannot be pickled: pass on what its mask captures, and make it where it "
+            "is used"
+        )
+
     @property
     def q_blocks(self) -> int:
         """Blocks of queries in hand."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import linecache
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -17,20 +18,25 @@ from torch.fx import graph_module
 
 from ringflex.masks.traced_mod import INDEX
 
+_turn = RLock()
+
 
 @contextmanager
-def without_sources() -> Iterator[None]:
-    """Forgets the source text of modules made meanwhile, which fx keeps for as long as the process
+def tracing() -> Iterator[None]:
+    """One thread at a time, as fx patches what all of the process uses.
+
+    Forgets the source text of modules made meanwhile, which fx keeps for as long as the process
     lives: there would be one for each time that a mod is traced. Their graphs are walked, not run.
     """
-    kept = getattr(getattr(graph_module, "_loader", None), "eval_cache", {})
-    before = set(kept)
-    try:
-        yield
-    finally:
-        for name in kept.keys() - before:
-            kept.pop(name, None)
-            linecache.cache.pop(name, None)
+    with _turn:
+        kept = getattr(getattr(graph_module, "_loader", None), "eval_cache", {})
+        before = set(kept)
+        try:
+            yield
+        finally:
+            for name in kept.keys() - before:
+                kept.pop(name, None)
+                linecache.cache.pop(name, None)
 
 
 def lift_captures(module: fx.GraphModule) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._decomp import get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringflex.masks.graph_rewrites import without_sources
+from ringflex.masks.graph_rewrites import tracing
 from ringflex.masks.traced_mod import TracedMod
 from ringflex.modes import without_autocast
 
@@ -118,7 +118,7 @@ def pointwise(mod: TracedMod) -> PointwiseMod:
     return PointwiseMod(body, graph, arguments, arguments, tuple(sources))
 
 
-@without_sources()
+@tracing()
 def derivative(body: PointwiseMod, wanted: Sequence[bool]) -> PointwiseMod:
     """The gradient of a score mod, by tracing autograd.
 

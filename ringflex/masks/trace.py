@@ -27,7 +27,7 @@ from ringflex.masks.graph_rewrites import (
     make_functional,
     merge_nested_reads,
     replace_approximations,
-    without_sources,
+    tracing,
 )
 from ringflex.masks.traced_mod import INDEX, INDEX_NAMES, Line, TracedMod, place_of
 from ringflex.modes import without_autocast
@@ -103,7 +103,7 @@ def trace_score(score_mod: Callable[..., Tensor], dtype: torch.dtype) -> TracedM
     return _trace(score_mod, "score_mod", ("score", *INDEX_NAMES), example, floats)
 
 
-@without_sources()
+@tracing()
 def _trace(
     fn: Callable[..., Tensor],
     kind: str,

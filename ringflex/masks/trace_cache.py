@@ -15,6 +15,7 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ _KEPT = 128  # graphs
 _MOST = 1000  # things that a mod may consist of
 _DEEPEST = 32
 _traces: OrderedDict[Any, tuple[TracedMod, tuple[int | Tensor, ...]]] = OrderedDict()
+_lock = Lock()
 
 
 class _Unknown(Exception):
@@ -66,12 +68,14 @@ def _traced(fn: Callable[..., Tensor], kind: Any, trace: Callable[[], TracedMod]
     if identity is None:
         return trace()
     key, tensors = (kind, identity[0]), identity[1]
-    known = _traces.get(key)
+    with _lock:
+        known = _traces.get(key)
+        if known is not None:
+            _traces.move_to_end(key)
     if known is None:
         mod = trace()
         _remember(key, mod, tensors)
         return mod
-    _traces.move_to_end(key)
     template, places = known
     if not places:
         return template
@@ -92,9 +96,10 @@ def _remember(key: Any, mod: TracedMod, tensors: list[Tensor]) -> None:
         node.meta["val"] = torch.empty_strided(
             capture.shape, capture.stride(), dtype=capture.dtype, device="meta"
         )
-    _traces[key] = (replace(mod, captures=()), tuple(places))
-    if len(_traces) > _KEPT:
-        _traces.popitem(last=False)
+    with _lock:
+        _traces[key] = (replace(mod, captures=()), tuple(places))
+        if len(_traces) > _KEPT:
+            _traces.popitem(last=False)
 
 
 class _Marks:

@@ -62,7 +62,7 @@ class Agreement:
             ValueError: another rank found something wrong, or ranks came with different digests.
             RuntimeError: a rank did not come, or died.
         """
-        text = (str(error) if error is not None else what).encode()[: _RECORD - _HEAD]
+        text = (what if error is None else _in_words(error)).encode()[: _RECORD - _HEAD]
         head = bytes([error is not None]) + count.to_bytes(8, "little")
         record = head + digest.ljust(_DIGEST, b"\0") + text
         mine = torch.frombuffer(bytearray(record.ljust(_RECORD, b"\0")), dtype=torch.uint8)
@@ -103,6 +103,11 @@ class Agreement:
         padded[: rows.shape[0]] = rows
         parts = self.all_gather(torch.from_numpy(padded).to(self.device))
         return [part.cpu().numpy()[:n] for part, n in zip(parts, counts, strict=True)]
+
+
+def _in_words(error: BaseException) -> str:
+    ours = isinstance(error, (TypeError, ValueError, NotImplementedError))
+    return str(error) if ours else f"{type(error).__name__}: {error}"
 
 
 class PlanAgreement(Agreement):

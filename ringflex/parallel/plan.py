@@ -169,6 +169,16 @@ class Plan:
         """bool `[local_len]`, CPU; False where a slot is padding."""
         return self.positions < self.seq_len
 
+    def __copy__(self) -> Plan:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Plan:
+        """Itself, which does not change: so a module that holds it can be copied."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Plan cannot be pickled: make it with rf.plan on each rank")
+
     def shard(self, x: Tensor, dim: int, fill: float = 0) -> Tensor:
         """This rank's slots of a tensor that holds the whole sequence; differentiable.
 
@@ -181,8 +191,10 @@ class Plan:
             `x` with `local_len` slots in `dim`.
 
         Raises:
-            ValueError: another length.
+            ValueError: another length, or a fill that the dtype does not have.
         """
+        if not (x.is_floating_point() or x.is_complex() or float(fill).is_integer()):
+            raise ValueError(f"shard(fill={fill}) of a tensor of {x.dtype}")
         if not -x.ndim <= dim < x.ndim or x.shape[dim] != self.seq_len:
             raise ValueError(
                 f"shard(x, dim={dim}) wants the whole sequence, {self.seq_len} tokens in that "

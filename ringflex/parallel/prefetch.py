@@ -18,6 +18,14 @@ from ringflex.parallel.planner import start_planning
 _Batch = TypeVar("_Batch")
 
 
+class _NoMoreBatches(ValueError):
+    pass
+
+
+def _fail(error: Exception) -> Any:
+    raise error
+
+
 class PlanPrefetcher(Generic[_Batch]):
     """Batches with their plans; while one is trained on, the plan of the next is made.
 
@@ -28,7 +36,8 @@ class PlanPrefetcher(Generic[_Batch]):
     What masks capture is copied when a batch is taken from `batches`, and may be changed after; if
     it is on the CPU, nothing waits for a GPU. All ranks of the group must take the same number of
     batches, and make other plans meanwhile (`rf.plan`, a second prefetcher) in one order. An error
-    of `masks_of` or of planning, on any rank, is raised on all where that batch would come.
+    of `batches`, `masks_of` or planning, on any rank, is raised on all where that batch would come;
+    so it is on the others where one has no more batches.
 
     Args:
         batches: an iterable; each batch is taken `ahead` batches before it is yielded.
@@ -68,23 +77,36 @@ class PlanPrefetcher(Generic[_Batch]):
         self.seconds = 0.0
 
     def __iter__(self) -> Iterator[tuple[_Batch, Any]]:
-        ready: deque[tuple[_Batch, Future[Any], float]] = deque()
+        ready: deque[tuple[Any, Future[Any], float]] = deque()
         try:
-            for batch in self.batches:
+            for batch, masks in self._batches():
                 started = time.perf_counter()
-                planning = start_planning(partial(self.masks_of, batch), self.comm, self.request)
-                future = finish_behind(planning, self.comm)
+                future = finish_behind(start_planning(masks, self.comm, self.request), self.comm)
                 ready.append((batch, future, time.perf_counter() - started))
                 if len(ready) > self.ahead:
                     yield self._next(ready)
-            while ready:
-                yield self._next(ready)
+        except _NoMoreBatches:
+            return
         finally:
             # Where the loop is left early, too: the other ranks, which are as far, wait for this
             # one's part in the plans under way.
             wait([future for _, future, _ in ready])
 
-    def _next(self, ready: deque[tuple[_Batch, Future[Any], float]]) -> tuple[_Batch, Any]:
+    def _batches(self) -> Iterator[tuple[Any, Callable[[], Any]]]:
+        """Each batch, and what makes its masks. Behind the last one, without end, is none: what
+        makes its masks raises the error that the source ended with, so that the other ranks hear of
+        it, with as many plans under way as they have."""
+        source = iter(self.batches)
+        try:
+            for batch in source:
+                yield batch, partial(self.masks_of, batch)
+            end: Exception = _NoMoreBatches("there are no more batches")
+        except Exception as error:
+            end = error
+        while True:
+            yield None, partial(_fail, end)
+
+    def _next(self, ready: deque[tuple[Any, Future[Any], float]]) -> tuple[_Batch, Any]:
         batch, future, spent = ready.popleft()
         started = time.perf_counter()
         plans = future.result()

@@ -4,6 +4,7 @@ import functools
 import os
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -238,3 +239,22 @@ def test_no_sources_are_kept() -> None:
         out = rf.flex_attention(q, k, v, lambda s, b, h, q, k: s * model.factor)
         out.sum().backward()
     assert len(kept) == before
+
+
+def test_threads_trace_one_after_the_other() -> None:
+    """Masks and scores, with derivatives, that nobody traced before."""
+    x = torch.randn(1, 1, 64, 8)
+
+    def attend(number: int) -> float:
+        q = x.clone().requires_grad_()
+        mask = lambda b, h, q_idx, kv_idx: (q_idx - kv_idx) * number >= 0
+        score = lambda score, b, h, q_idx, kv_idx: score * (1 + number) + q_idx * 0.1
+        block_mask = rf.create_block_mask(mask, None, None, 64, 64, BLOCK_SIZE=16)
+        out = rf.flex_attention(q, x, x, score, block_mask)
+        (gradient,) = torch.autograd.grad(out.sum(), q)
+        return float(gradient.abs().sum())
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(attend, range(24)))
+    trace_cache._traces.clear()
+    assert found == pytest.approx([attend(number) for number in range(24)], rel=1e-5)

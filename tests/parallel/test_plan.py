@@ -1,6 +1,8 @@
 """Plan: what a rank holds of a tensor, and what it says about itself."""
 
+import copy
 import math
+import pickle
 from itertools import product
 from pathlib import Path
 from xml.etree import ElementTree
@@ -62,6 +64,23 @@ def test_padding_gets_the_fill() -> None:
     whole_blocks = plans_of(96, 3, "striped")[0]
     assert whole_blocks.valid.all()
     assert torch.equal(whole_blocks.shard(torch.ones(96), 0, fill=9), torch.ones(32))
+
+
+def test_a_fill_that_the_dtype_does_not_have_is_refused() -> None:
+    plan = rf.plan_all(rf.full(), 100, 2, layout="contiguous", block_size=16)[1]
+    for fill in (0.5, float("nan")):
+        with pytest.raises(ValueError, match=r"shard\(fill=.*\) of a tensor of torch.int64"):
+            plan.shard(torch.arange(100), 0, fill=fill)
+        assert plan.shard(torch.zeros(100), 0, fill=fill).shape == (plan.local_len,)
+
+
+def test_modules_that_hold_plans_and_masks_can_be_copied() -> None:
+    plan = rf.plan_all(rf.causal(), 100, 2)[0]
+    mask = rf.create_block_mask(rf.causal(), None, None, 100, 100)
+    for held in (plan, mask):
+        assert copy.deepcopy([held])[0] is copy.copy(held) is held
+        with pytest.raises(TypeError, match=f"a {type(held).__name__} cannot be pickled"):
+            pickle.dumps(held)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

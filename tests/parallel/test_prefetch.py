@@ -87,6 +87,55 @@ def test_an_error_is_raised_on_all_ranks_where_the_batch_would_come(
     assert "mask" in second
 
 
+def ending_on_rank(group: dist.ProcessGroup, error: type[Exception] | None, ahead: int) -> str:
+    """Rank 0's source ends, or fails, before the third batch; then both make another plan."""
+    seen = 0
+
+    def source() -> Iterator[Tensor]:
+        for number in range(5):
+            if number == 2 and dist.get_rank(group) == 0:
+                if error is None:
+                    return
+                raise error("disk")
+            yield documents(number)
+
+    try:
+        for _ in rf.PlanPrefetcher(source(), rf.document, seq_len=S, group=group, ahead=ahead):
+            seen += 1
+        found = "no error"
+    except (KeyError, OSError, ValueError) as raised:
+        found = f"{type(raised).__name__}: {raised}"
+    rf.plan(rf.causal(), S, group)
+    return f"{seen} {found}"
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 9])
+def test_an_error_of_the_source_is_raised_on_all_ranks(pool: RankPool, ahead: int) -> None:
+    assert pool.run(ending_on_rank, 2, OSError, ahead) == [
+        "2 OSError: disk",
+        "2 ValueError: rank 0 refused: OSError: disk",
+    ]
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 9])
+def test_ranks_with_more_batches_hear_of_it(pool: RankPool, ahead: int) -> None:
+    assert pool.run(ending_on_rank, 2, None, ahead) == [
+        "2 no error",
+        "2 ValueError: rank 0 refused: there are no more batches",
+    ]
+
+
+def test_an_error_of_the_source_of_one_process() -> None:
+    def source() -> Iterator[Tensor]:
+        yield documents(0)
+        raise KeyError("disk")
+
+    prefetcher = iter(rf.PlanPrefetcher(source(), masks_of, seq_len=S))
+    next(prefetcher)
+    with pytest.raises(KeyError, match="disk"):
+        next(prefetcher)
+
+
 def leaving_on_rank(group: dist.ProcessGroup) -> bool:
     for _ in rf.PlanPrefetcher(
         range(9), lambda i: rf.document(documents(i)), seq_len=S, group=group
