@@ -52,6 +52,8 @@ START_SECONDS = 120.0  # to start all ranks, on a machine that is busy with othe
 COLLECTIVE_SECONDS = 120.0  # gloo's own bound, for a rank whose pool was killed without notice
 STOP_SECONDS = 5.0  # for a rank to leave by itself; then it is killed
 OUTPUT_CHARS = 6000  # how much of a failed rank's output an error shows
+# The last is what tracing a mod imports, which takes longer than torch itself.
+PRELOADED = ["torch.distributed", "ringflex", "torch._inductor.config"]
 POOL_FRAMES = re.compile(r'  File ".*rank_pool.py", line \d+ in _answer\n(  File .*\n)*')
 
 
@@ -202,7 +204,7 @@ class _Ranks:
         forkserver = "forkserver" in multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("forkserver" if forkserver else "spawn")
         if forkserver:  # a fork of a process that has imported torch starts in milliseconds
-            context.set_forkserver_preload(["torch.distributed", "ringflex"])
+            context.set_forkserver_preload(PRELOADED)
         self.directory = Path(tempfile.mkdtemp(prefix="ringflex-ranks-"))
         self.processes: list[multiprocessing.process.BaseProcess] = []
         self.connections: list[Connection] = []
