@@ -289,7 +289,7 @@ def result(out: Path) -> dict[str, Any]:
     [
         pytest.param(50, 2, ("--seq-len", "1100"), id="cp2-padded"),
         pytest.param(25, 4, ("--seq-len", "1024"), id="cp4"),
-        pytest.param(15, 4, ("--seq-len", "600", "--dp", "2", "--batch-size", "4"), id="dp2xcp2"),
+        pytest.param(25, 4, ("--seq-len", "600", "--dp", "2", "--batch-size", "4"), id="dp2xcp2"),
         pytest.param(10, 2, ("--seq-len", "1100", "--strategy", "ulysses"), id="ulysses2"),
     ],
 )

@@ -19,7 +19,7 @@ _Batch = TypeVar("_Batch")
 
 
 class _NoMoreBatches(ValueError):
-    pass
+    """How a source ends that did not fail."""
 
 
 def _fail(error: Exception) -> Any:

@@ -103,7 +103,7 @@ def survey_of(masks: list[Callable[..., Tensor]], tokens: int = TOKENS) -> Surve
 
 @given(
     world_size=st.integers(1, 16),
-    share=st.integers(1, 5),
+    share=st.integers(1, 9),
     layers=st.integers(1, 3),
     density=st.floats(0, 1),
     seed=st.integers(0, 2**31),
