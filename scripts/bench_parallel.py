@@ -7,11 +7,11 @@
 
 Peers are those of parallel_peers.py. All are timed in one run, in turn, so only ratios between them
 count; before each repeat the ranks wait for each other, and the slowest rank's time counts.
-Efficiency is the time of our own one-GPU kernel on the same problem, measured in the same run on
-every GPU at once (also there the slowest counts), before and after (the mean of both counts, as
-GPUs slow down when they get hot), over W times the time on W GPUs. Before each
-repeat the GPUs are kept busy for about 2 ms, so that the host is ahead of them, as in a training
-step; what the host takes is measured apart: where it takes longer than the GPUs, it is what counts.
+Efficiency is the time of our own one-GPU kernel on the same problem, on every GPU at once (also
+there the slowest counts), over W times the time on W GPUs; both run in turn, again and again, as
+GPUs slow down when they get hot. (Peers': of its last turns with one of ours.) Before each repeat
+the GPUs are kept busy for about 2 ms, so that the host is ahead of them, as in a training step;
+what the host takes is measured apart: where it takes longer than the GPUs, it is what counts.
 Exposed communication is the time with transfers less the time of the same plan without any. Every
 contender's out, dq, dk and dv are compared, at some tokens, with those of one GPU; `--check` first
 compares small problems in full, with an fp64 reference. Where ranks compile at different speeds,
@@ -46,6 +46,7 @@ import ringflex as rf
 from parallel_check import check
 from parallel_measure import (
     MASKS,
+    Case,
     Contender,
     Run,
     Sample,
@@ -57,6 +58,7 @@ from parallel_measure import (
     inputs,
     join,
     measure,
+    measure_in_turn,
     problem,
     silent,
 )
@@ -71,6 +73,7 @@ from ringflex.parallel.strategies import STRATEGIES
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 OURS = "ringflex"
+_WAYS = ("forward", "both", "forward_by_rank", "both_by_rank")
 # Between two results that were each rounded, by dtype of the inputs.
 LARGEST_DIFFERENCE = {torch.bfloat16: 2**-6, torch.float32: 1e-5}
 
@@ -106,12 +109,12 @@ def _ours(
 def one_gpu(
     world: World, arguments: argparse.Namespace, spec: Spec, p: Problem
 ) -> dict[str, Any] | None:
-    """What our kernel takes for the whole problem on every GPU alone, all at once, `again` to
-    measure that, and a sample of the results; None where it does not fit."""
+    """Our kernel with the whole problem on every GPU alone: a sample of the results, and the case
+    to measure in turn with others; None where it does not fit. With `--once`, what is measured."""
     samples: list[Sample] = []
     keep = lambda results: samples.append(Sample.of(results))
 
-    def make() -> tuple[Contender, tuple[Tensor, ...]]:
+    def make() -> Case:
         S = spec.tokens
         mask = rf.create_block_mask(p.mask_mod, None, None, S, S, device=world.device)
         contender = Contender(name="one GPU", run=attention(mask, arguments.backend))
@@ -125,15 +128,14 @@ def one_gpu(
 
     try:
         case = world.together(make)
-        again = partial(measure, world, *case, arguments.seconds)
-        found = measure(world, *case, None, keep) if arguments.once else again()
+        found = measure(world, *case, None, keep) if arguments.once else {"case": case}
     except Exception as problem_:
         if "OutOfMemoryError" not in describe(problem_):
             raise
         return None
     finally:
         _free()
-    return {**found, "sample": samples[0], "again": again}
+    return {**found, "sample": samples[0]}
 
 
 def _an_eighth(mask: rf.BlockMask) -> rf.BlockMask:
@@ -184,21 +186,27 @@ def bench(
     with contender.context():
         if contender.warm is not None:
             world.together(partial(_both, contender.warm, leaves, dout))
-        found |= measure(world, contender, tensors, seconds, inspect)
-    if plan is not None and world.size > 1 and not arguments.once:
-        mute = Contender(name="", run=attention(silent(plan, world), arguments.backend))
-        without = measure(world, mute, tensors, seconds)
+        cases = {"contender": (contender, tensors)}
+        if plan is not None and world.size > 1 and seconds is not None:
+            mute = Contender(name="", run=attention(silent(plan, world), arguments.backend))
+            cases["without"] = (mute, tensors)
+        if one is not None and "case" in one and (plan is not None or "both" not in one):
+            cases["one"] = one["case"]
+        times = dict(
+            zip(cases, measure_in_turn(world, [*cases.values()], seconds, inspect), strict=True)
+        )
+    found |= times["contender"]
+    if "without" in times:
+        without = times["without"]
         found |= {f"exposed_{way}": found[way] - without[way] for way in ("forward", "both")}
-    if plan is not None and one is not None and not arguments.once:
-        later = one["again"]()
-        found |= {f"one_{way}": (one[way] + later[way]) / 2 for way in ("forward", "both")}
-        one |= later
+    if one is not None:
+        one |= times.get("one", {})
+        found |= {f"one_{way}": one[way] for way in _WAYS}
     flops = p.pairs * spec.heads * spec.dim
     for way, factor in (("forward", 4), ("both", 14)):
         found[f"{way}_tflops"] = factor * flops / world.size / found[way] / 1e9
         if one is not None:
-            base = found.get(f"one_{way}", one[way])
-            found[f"{way}_efficiency"] = base / (world.size * found[way])
+            found[f"{way}_efficiency"] = one[way] / (world.size * found[way])
     return found
 
 
@@ -253,9 +261,6 @@ def bench_case(world: World, arguments: argparse.Namespace, spec: Spec) -> Itera
         "mask": spec.mask, "tokens": spec.tokens, "heads": spec.heads, "kv_heads": spec.kv_heads,
         "dim": spec.dim, "dtype": str(spec.dtype).removeprefix("torch."), "pairs": p.pairs,
     }  # fmt: skip
-    if one is not None:
-        for way in ("forward", "both", "forward_by_rank", "both_by_rank"):
-            common[f"one_{way}"] = one[way]
     for name, make in kinds:
         row = {**common, "gpus": world.size, "contender": name}
         error = None

@@ -203,6 +203,9 @@ def inputs(spec: Spec, device: torch.device, contender: Contender) -> tuple[Tens
     return *(x.requires_grad_() for x in made[:3]), made[3]
 
 
+Case = tuple[Contender, tuple[Tensor, ...]]
+
+
 def measure(
     world: World,
     contender: Contender,
@@ -210,67 +213,94 @@ def measure(
     seconds: float | None,
     inspect: Callable[[list[Tensor]], None] | None = None,
 ) -> dict[str, Any]:
-    """Medians over repeats: milliseconds of the forward and of forward + backward on the slowest
-    rank, and on every rank; milliseconds that the host takes to issue them; the largest rank's peak
-    memory beyond inputs, bytes.
+    """`measure_in_turn` of one."""
+    return measure_in_turn(world, [(contender, tensors)], seconds, inspect)[0]
+
+
+def measure_in_turn(
+    world: World,
+    cases: Sequence[Case],
+    seconds: float | None,
+    inspect: Callable[[list[Tensor]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Of each contender with its tensors, medians over repeats: milliseconds of the forward and of
+    forward + backward on the slowest rank, and on every rank; milliseconds that the host takes to
+    issue them; the largest rank's peak memory beyond what it had before, bytes.
+
+    One runs after the other, again and again, there and back: GPUs slow down when they get hot.
 
     Args:
-        seconds: how long to repeat; at least five times, but once where that takes long. None:
-            only the first run, which is not timed otherwise.
-        inspect: is given out, dq, dk, dv of the first run.
+        seconds: how long to repeat the first; at least five times, but once where that takes long.
+            None: only the first run, which is not timed otherwise.
+        inspect: is given the first contender's out, dq, dk, dv, of its first run.
     """
-    *leaves, dout = tensors
+    runs = [_Runs(world, *case) for case in cases]
+    for run in runs:
+        run.first(inspect if run is runs[0] else None)
+    if seconds is not None:
+        for run in runs:
+            run.first()
+        slowest = max(world.gather(runs[0].times[0][1])) / 1e3  # seconds
+        least = 1 if slowest > 1.5 else 5
+        for i in range(min(40, max(least, int(seconds / slowest))) - 1):
+            for run in runs[:: -1 if i % 2 else 1]:
+                run.times.append(run.once()[0])
+    return [run.found() for run in runs]
 
-    def once() -> tuple[list[Any], list[float], list[Tensor]]:
+
+class _Runs:
+    """Of one contender: what `measure_in_turn` tells."""
+
+    def __init__(self, world: World, contender: Contender, tensors: tuple[Tensor, ...]) -> None:
+        self.world, self.contender, self.tensors = world, contender, tensors
+        self.times: list[tuple[float, ...]] = []
+        self.peak: int | None = None
+
+    def once(self) -> tuple[tuple[float, ...], list[Tensor]]:
+        """Milliseconds: forward and both, passed in the stream, then on the host. And results."""
+        world, (*leaves, dout) = self.world, self.tensors
         world.align()
         world.head_start()
         marks, clock = [world.mark()], [time.perf_counter()]
-        out = contender.run(*leaves)
+        out = self.contender.run(*leaves)
         marks.append(world.mark())
         clock.append(time.perf_counter())
         grads = torch.autograd.grad(out, leaves, dout)
         marks.append(world.mark())
         clock.append(time.perf_counter())
-        return marks, clock, [out.detach(), *grads]
-
-    def times_of(marks: list[Any], clock: list[float]) -> tuple[float, ...]:
-        """Forward and both: passed in the stream, then on the host."""
         world.synchronize()
         passed = [world.milliseconds(marks[0], mark) for mark in marks[1:]]
-        return *passed, *((t - clock[0]) * 1e3 for t in clock[1:])
+        return (*passed, *((t - clock[0]) * 1e3 for t in clock[1:])), [out.detach(), *grads]
 
-    peak = _Peak(world)
-    marks, clock, results = once()
-    times = [times_of(marks, clock)]
-    if inspect is not None:
-        inspect(results)
-    del results
-    if seconds is not None:
-        peak = _Peak(world)
-        times = [times_of(*once()[:2])]
-    most = peak.bytes()
-    if seconds is not None:
-        slowest = max(t[1] for t in world.gather(times[0])) / 1e3  # seconds
-        least = 1 if slowest > 1.5 else 5
-        repeats = min(40, max(least, int(seconds / slowest)))
-        times += [times_of(*once()[:2]) for _ in range(repeats - 1)]
-    everybody = world.gather((times, most))
-    forward, both, host_forward, host_both = (
-        statistics.median(max(rank[i][what] for rank, _ in everybody) for i in range(len(times)))
-        for what in range(4)
-    )
-    by_rank = [[statistics.median(t[way] for t in rank) for rank, _ in everybody] for way in (0, 1)]
-    peaks = [p for _, p in everybody if p is not None]
-    return {
-        "forward": forward,
-        "both": both,
-        "forward_by_rank": by_rank[0],
-        "both_by_rank": by_rank[1],
-        "host_forward": host_forward,
-        "host_both": host_both,
-        "repeats": len(times),
-        "peak": max(peaks, default=None),
-    }
+    def first(self, inspect: Callable[[list[Tensor]], None] | None = None) -> None:
+        """What counts from now on; also its memory."""
+        peak = _Peak(self.world)
+        times, results = self.once()
+        self.times, self.peak = [times], peak.bytes()
+        if inspect is not None:
+            inspect(results)
+
+    def found(self) -> dict[str, Any]:
+        everybody = self.world.gather((self.times, self.peak))
+        forward, both, host_forward, host_both = (
+            statistics.median(
+                max(rank[i][what] for rank, _ in everybody) for i in range(len(self.times))
+            )
+            for what in range(4)
+        )
+        by_rank = [
+            [statistics.median(t[way] for t in rank) for rank, _ in everybody] for way in (0, 1)
+        ]
+        return {
+            "forward": forward,
+            "both": both,
+            "forward_by_rank": by_rank[0],
+            "both_by_rank": by_rank[1],
+            "host_forward": host_forward,
+            "host_both": host_both,
+            "repeats": len(self.times),
+            "peak": max((p for _, p in everybody if p is not None), default=None),
+        }
 
 
 class _Peak:
