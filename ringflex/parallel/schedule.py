@@ -26,8 +26,7 @@ from ringflex.parallel.steps import Step
 from ringflex.parallel.timeline import computing
 from ringflex.parallel.waiting import Launch, launches
 
-# How often a step asks what is left behind to make way: to unpack, to send, to compute, ...
-_FORWARD_ASKS, _BACKWARD_ASKS = 3, 5
+_BACKWARD_ASKS = 5  # of a step, to what is left behind, to make way: to unpack, to send, ...
 _MOST_ASKS = 12  # that a launch is prepared for; waves of programs that nobody asks for cost time
 
 
@@ -62,6 +61,12 @@ def forward(
     elif merge:
         running = after.in_between()
 
+    def asks(number: int) -> int:
+        """How often what is left behind at a step will be asked to make way."""
+        found = sum(what.mask is not None for what in computes[number:])
+        found += sum(_moves(plan, later) for later in range(number + 1, last + 1))
+        return found + sum(bool(step.sends or step.receives) for step in plan.steps[number + 2 :])
+
     def launch(number: int, held: Pair, what: Launch, behind: Way | None = None) -> None:
         if what.mask is not None:
             with computing("forward", number, "compute" if behind is None else "behind"):
@@ -75,7 +80,7 @@ def forward(
         for number, _, held in walk:
             left = apart[number != 0] if number in (0, last) else None
             if left is not None and left.mask is not None:
-                times = min(_MOST_ASKS, 1 + _FORWARD_ASKS * (last - number))
+                times = min(_MOST_ASKS, asks(number))
                 with lanes.behind(lanes.mark(), times) if leaves else nullcontext() as way:
                     launch(number, held, left, way)
             if computes[number].mask is not None:
@@ -120,7 +125,9 @@ def backward(
                 if not overlaps:
                     calls.run(0, step, held, None if apart else home, queries=True)
                 if apart or overlaps:
-                    times = min(_MOST_ASKS, _BACKWARD_ASKS * (len(plan.steps) - 1))
+                    later = range(1, len(plan.steps))
+                    times = sum(_BACKWARD_ASKS - (not _moves(plan, n)) for n in later)
+                    times = min(_MOST_ASKS, times)
                     with lanes.behind(start, times) as way:
                         calls.run(0, step, held, home, queries=not apart, behind=way)
                 continue
@@ -238,7 +245,7 @@ class _Walk:
         for number, step in enumerate(self.plan.steps):
             held = self.local
             self.wait()
-            if number > 0:
+            if number > 0 and _moves(self.plan, number):
                 self.lanes.make_way()
             if self.arriving is not None:
                 held = self.arriving.unpack(self.local, step.width)
@@ -405,6 +412,14 @@ class _Returns:
     @property
     def _block_size(self) -> int:
         return self.plan.layout.block_size
+
+
+def _moves(plan: Plan, number: int) -> bool:
+    """Whether a later step begins with launches, of what unpacks its K/V or packs the next's."""
+    step = plan.steps[number]
+    is_buffer = len(step.receives) == 1 and len(step.receives[0].blocks) == 1
+    packs = number + 1 < len(plan.steps) and bool(plan.steps[number + 1].sends)
+    return packs or not is_buffer
 
 
 def _comm(plan: Plan) -> Communicator:

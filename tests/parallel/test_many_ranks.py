@@ -163,13 +163,14 @@ def test_two_lanes_compute_the_same(
 
 def test_what_is_left_behind_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every launch that is left behind: for each later one, in the forward also for the rest of its
-    own step; for what unpacks K/V, adds and packs dK/dV, and for transfers."""
-    world_size, told = 3, {"forward": list[Tensor](), "backward": list[Tensor]()}
+    own step; for what unpacks and packs K/V (the last step's here are where they arrived), adds and
+    packs dK/dV, and for transfers. It is prepared for as much."""
+    world_size, ways = 3, {"forward": list[Way](), "backward": list[Way]()}
 
     def leave(way: Way | None, kind: str) -> None:
         if way is not None:
             way.word = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-            told[kind].append(way.word)
+            ways[kind].append(way)
 
     def forward(*given: Any) -> None:
         leave(given[-1], "forward")
@@ -190,8 +191,10 @@ def test_what_is_left_behind_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, x in found.items():
         torch.testing.assert_close(x, exact[name], rtol=0, atol=1e-5)
     # Only of the first rank do some queries see nothing of others.
-    assert [int(word) for word in told["forward"]] == [1 + 3 + 2]
-    assert [int(word) for word in told["backward"]] == [3 + 4 + 3] * 3
+    told = {kind: [int(way.word) for way in left] for kind, left in ways.items()}
+    assert told == {"forward": [1 + 3 + 1], "backward": [3 + 4 + 2] * 3}
+    assert [way.times for way in ways["forward"]] == told["forward"]
+    assert [way.times for way in ways["backward"]] == told["backward"]
 
 
 @pytest.mark.parametrize("overlap", [False, True])
