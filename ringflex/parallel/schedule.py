@@ -26,8 +26,9 @@ from ringflex.parallel.steps import Step
 from ringflex.parallel.timeline import computing
 from ringflex.parallel.waiting import Launch, launches
 
-_BACKWARD_ASKS = 5  # of a step, to what is left behind, to make way: to unpack, to send, ...
-_MOST_ASKS = 12  # that a launch is prepared for; waves of programs that nobody asks for cost time
+# How often a launch is prepared to make way, at most: waves of programs that nobody asks for cost
+# time.
+_MOST_ASKS = 12
 
 
 def forward(
@@ -63,9 +64,9 @@ def forward(
 
     def asks(number: int) -> int:
         """How often what is left behind at a step will be asked to make way."""
-        found = sum(what.mask is not None for what in computes[number:])
-        found += sum(_moves(plan, later) for later in range(number + 1, last + 1))
-        return found + sum(bool(step.sends or step.receives) for step in plan.steps[number + 2 :])
+        later = range(number + 1, last + 1)
+        found = sum(_moves(plan, n) + _brings(plan, n + 1) for n in later)
+        return found + sum(what.mask is not None for what in computes[number:])
 
     def launch(number: int, held: Pair, what: Launch, behind: Way | None = None) -> None:
         if what.mask is not None:
@@ -125,10 +126,7 @@ def backward(
                 if not overlaps:
                     calls.run(0, step, held, None if apart else home, queries=True)
                 if apart or overlaps:
-                    later = range(1, len(plan.steps))
-                    times = sum(_BACKWARD_ASKS - (not _moves(plan, n)) for n in later)
-                    times = min(_MOST_ASKS, times)
-                    with lanes.behind(start, times) as way:
+                    with lanes.behind(start, min(_MOST_ASKS, _asks(plan))) as way:
                         calls.run(0, step, held, home, queries=not apart, behind=way)
                 continue
             gradients = returns.of(number, step, held)
@@ -265,7 +263,6 @@ class _Walk:
         """The last step's dK/dV, if they have not left."""
         if self.returns is not None and self.returns.waiting:
             self.wait()
-            self.lanes.make_way()
             self._post()
 
     def _post(self) -> None:
@@ -288,7 +285,7 @@ class _Walk:
         else:
             self.arriving = None
         if self.returns is not None:
-            if number > 1:
+            if number > 1 or self.returns.packs:
                 self.lanes.make_way()
             self.returns.settle()
         if self.returns is not None and self.returns.waiting:
@@ -352,6 +349,11 @@ class _Returns:
                 self.kept[number] = self.made
         return self.made
 
+    @property
+    def packs(self) -> bool:
+        """Whether what is to be exchanged next must be packed."""
+        return self.waiting and not self.packed
+
     def leave(self) -> tuple[Messages, Messages]:
         """What to send and what to receive: the kernel is launched that computes them, and what
         came before is added."""
@@ -414,12 +416,31 @@ class _Returns:
         return self.plan.layout.block_size
 
 
+def _asks(plan: Plan) -> int:
+    """How often a backward asks what it left behind to make way, about: a launch twice."""
+    last, found = len(plan.steps) - 1, 0
+    for n in range(1, last + 1):
+        found += _moves(plan, n) + 2 * (plan.steps[n].mask is not None) + (n > 1)
+        found += _brings(plan, n + 1) or _returns(plan, n - 1)
+    return found + (last > 1) + _returns(plan, last)
+
+
 def _moves(plan: Plan, number: int) -> bool:
     """Whether a later step begins with launches, of what unpacks its K/V or packs the next's."""
     step = plan.steps[number]
     is_buffer = len(step.receives) == 1 and len(step.receives[0].blocks) == 1
     packs = number + 1 < len(plan.steps) and bool(plan.steps[number + 1].sends)
     return packs or not is_buffer
+
+
+def _brings(plan: Plan, number: int) -> bool:
+    """Whether there is such a step, and an exchange brings its K/V, or others'."""
+    return any(step.sends or step.receives for step in plan.steps[number : number + 1])
+
+
+def _returns(plan: Plan, number: int) -> bool:
+    """Whether an exchange takes dK/dV of a step home, or others'."""
+    return any(step.returns or step.collects for step in plan.steps[number : number + 1])
 
 
 def _comm(plan: Plan) -> Communicator:
