@@ -6,11 +6,12 @@
     torchrun --nproc-per-node 2 scripts/bench_parallel.py --trace trace.json  # and a picture of it
 
 Peers are those of parallel_peers.py. All are timed in one run, in turn, so only ratios between them
-count; before each repeat the ranks wait for each other, and the slowest rank's time counts.
+count; before each turn the ranks wait for each other, and the slowest rank's time counts.
 Efficiency is the time of our own one-GPU kernel on the same problem, on every GPU at once (also
-there the slowest counts), over W times the time on W GPUs; both run in turn, again and again, as
-GPUs slow down when they get hot. (Peers': of its last turns with one of ours.) Before each repeat
-the GPUs are kept busy for about 2 ms, so that the host is ahead of them, as in a training step;
+there the slowest counts), over W times the time on W GPUs. Both take turns of several calls in a
+row, as a model has several layers: GPUs slow down when they get hot, and speed up when they pause.
+(Peers': of its last turns with one of ours.) Before each turn the GPUs are kept busy for about 2
+ms, or as long as the host would fall behind, so that it is ahead of them, as in a training step;
 what the host takes is measured apart: where it takes longer than the GPUs, it is what counts.
 Exposed communication is the time with transfers less the time of the same plan without any. Every
 contender's out, dq, dk and dv are compared, at some tokens, with those of one GPU; `--check` first

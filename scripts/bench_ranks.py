@@ -35,6 +35,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ringflex as rf
 from parallel_measure import (
+    CYCLES,
     MASKS,
     Arrived,
     Contender,
@@ -59,16 +60,16 @@ _HEAD_START = 15_000  # cycles, as `comm` gives to transfers
 
 
 class FarAhead(World):
-    """One rank, whose host is ahead of its GPU by about 10 ms. Pauses do not count."""
+    """One rank, whose host is ahead of its GPU by about 10 ms, or more. Pauses do not count."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(rank=0, size=1, device=device, control=None)
         self.pauses: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.marked = 0  # of them, up to the last mark
 
-    def head_start(self) -> None:
+    def head_start(self, more: float = 0.0) -> None:
         if self.on_gpu:
-            torch.cuda._sleep(_LEAD)
+            torch.cuda._sleep(_LEAD + int(CYCLES * more))
 
     def mark(self) -> Any:
         """And how many pauses there were until then."""

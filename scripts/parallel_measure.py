@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import itertools
 import os
 import statistics
 import sys
@@ -24,7 +25,8 @@ from problems import Problem
 from ringflex.parallel.comm import Communicator
 
 MASKS = ("causal", "window", "documents", "mixed", "full")
-_HEAD_START = 3_500_000  # cycles
+CYCLES = 1_750_000  # of a GPU, in a millisecond
+_TURNS, _CALLS = 5, 40  # the most of each contender, and of each turn
 _CONTROL_TIMEOUT = datetime.timedelta(minutes=20)  # while one rank compiles or computes alone
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -109,10 +111,10 @@ class World:
             dist.barrier(device_ids=[self.device.index] if self.on_gpu else None)
         self.synchronize()
 
-    def head_start(self) -> None:
-        """The host runs ahead of the GPU by about 2 ms, as it does in a training step."""
+    def head_start(self, more: float = 0.0) -> None:
+        """The host runs ahead of the GPU by about 2 ms, as it does in a training step, or more."""
         if self.on_gpu:
-            torch.cuda._sleep(_HEAD_START)
+            torch.cuda._sleep(int(CYCLES * (2 + more)))
 
     def synchronize(self) -> None:
         if self.on_gpu:
@@ -223,11 +225,12 @@ def measure_in_turn(
     seconds: float | None,
     inspect: Callable[[list[Tensor]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Of each contender with its tensors, medians over repeats: milliseconds of the forward and of
+    """Of each contender with its tensors, medians over turns: milliseconds of a forward and of
     forward + backward on the slowest rank, and on every rank; milliseconds that the host takes to
     issue them; the largest rank's peak memory beyond what it had before, bytes.
 
-    One runs after the other, again and again, there and back: GPUs slow down when they get hot.
+    Contenders take turns, there and back, of several calls in a row: GPUs slow down when they get
+    hot, and speed up when they pause.
 
     Args:
         seconds: how long to repeat the first; at least five times, but once where that takes long.
@@ -240,12 +243,23 @@ def measure_in_turn(
     if seconds is not None:
         for run in runs:
             run.first()
-        slowest = max(world.gather(runs[0].times[0][1])) / 1e3  # seconds
-        least = 1 if slowest > 1.5 else 5
-        for i in range(min(40, max(least, int(seconds / slowest))) - 1):
+        slowest = max(world.gather(runs[0].times[0].both)) / 1e3  # seconds
+        turns = min(_TURNS, max(1 if slowest > 1.5 else _TURNS, int(seconds / slowest)))
+        for run in runs:
+            run.prepare(min(_CALLS, max(1, int(seconds / turns / slowest))))
+        for i in range(turns):
             for run in runs[:: -1 if i % 2 else 1]:
-                run.times.append(run.once()[0])
+                run.times.append(run.turn()[0])
     return [run.found() for run in runs]
+
+
+class _Times(NamedTuple):
+    """Milliseconds of a call: forward and both, passed in the stream, then on the host."""
+
+    forward: float
+    both: float
+    host_forward: float
+    host_both: float
 
 
 class _Runs:
@@ -253,52 +267,62 @@ class _Runs:
 
     def __init__(self, world: World, contender: Contender, tensors: tuple[Tensor, ...]) -> None:
         self.world, self.contender, self.tensors = world, contender, tensors
-        self.times: list[tuple[float, ...]] = []
+        self.times: list[_Times] = []
         self.peak: int | None = None
-
-    def once(self) -> tuple[tuple[float, ...], list[Tensor]]:
-        """Milliseconds: forward and both, passed in the stream, then on the host. And results."""
-        world, (*leaves, dout) = self.world, self.tensors
-        world.align()
-        world.head_start()
-        marks, clock = [world.mark()], [time.perf_counter()]
-        out = self.contender.run(*leaves)
-        marks.append(world.mark())
-        clock.append(time.perf_counter())
-        grads = torch.autograd.grad(out, leaves, dout)
-        marks.append(world.mark())
-        clock.append(time.perf_counter())
-        world.synchronize()
-        passed = [world.milliseconds(marks[0], mark) for mark in marks[1:]]
-        return (*passed, *((t - clock[0]) * 1e3 for t in clock[1:])), [out.detach(), *grads]
+        self.calls, self.late = 1, 0.0
 
     def first(self, inspect: Callable[[list[Tensor]], None] | None = None) -> None:
-        """What counts from now on; also its memory."""
+        """A call that counts, unless others follow; also its memory."""
         peak = _Peak(self.world)
-        times, results = self.once()
+        times, results = self.turn()
         self.times, self.peak = [times], peak.bytes()
         if inspect is not None:
             inspect(results)
 
+    def prepare(self, calls: int) -> None:
+        """For turns of so many calls, which count: the host is ahead of all of them."""
+        late = max(0.0, self.times[0].host_both - self.times[0].both)
+        self.calls, self.late, self.times = calls, max(self.world.gather(late)), []
+
+    def turn(self) -> tuple[_Times, list[Tensor]]:
+        """Of its calls the means, and the results of the last."""
+        world, (*leaves, dout) = self.world, self.tensors
+        world.align()
+        world.head_start(self.calls * self.late)
+        marks, clock = [world.mark()], [time.perf_counter()]
+        for _ in range(self.calls):
+            out = self.contender.run(*leaves)
+            marks.append(world.mark())
+            clock.append(time.perf_counter())
+            grads = torch.autograd.grad(out, leaves, dout)
+            marks.append(world.mark())
+            clock.append(time.perf_counter())
+        world.synchronize()
+        passed = [world.milliseconds(*pair) for pair in itertools.pairwise(marks)]
+        taken = [(end - start) * 1e3 for start, end in itertools.pairwise(clock)]
+        forward, both, host_forward, host_both = (
+            sum(times) / self.calls for times in (passed[::2], passed, taken[::2], taken)
+        )
+        return _Times(forward, both, host_forward, host_both), [out.detach(), *grads]
+
     def found(self) -> dict[str, Any]:
         everybody = self.world.gather((self.times, self.peak))
-        forward, both, host_forward, host_both = (
-            statistics.median(
-                max(rank[i][what] for rank, _ in everybody) for i in range(len(self.times))
-            )
-            for what in range(4)
-        )
-        by_rank = [
-            [statistics.median(t[way] for t in rank) for rank, _ in everybody] for way in (0, 1)
-        ]
+        turns = list(zip(*(times for times, _ in everybody), strict=True))  # each of all ranks
+        of_slowest = {
+            name: statistics.median(max(getattr(rank, name) for rank in turn) for turn in turns)
+            for name in _Times._fields
+        }
+        by_rank = {
+            f"{way}_by_rank": [
+                statistics.median(getattr(t, way) for t in times) for times, _ in everybody
+            ]
+            for way in ("forward", "both")
+        }
         return {
-            "forward": forward,
-            "both": both,
-            "forward_by_rank": by_rank[0],
-            "both_by_rank": by_rank[1],
-            "host_forward": host_forward,
-            "host_both": host_both,
-            "repeats": len(self.times),
+            **of_slowest,
+            **by_rank,
+            "turns": len(turns),
+            "calls": self.calls,
             "peak": max((p for _, p in everybody if p is not None), default=None),
         }
 

@@ -3,10 +3,12 @@ bench_ranks.py, which measures ranks by that."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,34 @@ def test_a_silent_plan_receives_noise():
     comm.exchange([], [(1, kv), (1, gradient)], name="K/V and dK/dV", step=1).wait()
     for x in (kv, gradient):
         assert x.float().std() == pytest.approx(1, abs=0.01)
+
+
+def test_contenders_take_turns_of_several_calls_there_and_back():
+    calls: list[str] = []
+
+    def case(name: str, milliseconds: float) -> measuring.Case:
+        def run(q, k, v):
+            calls.append(name)
+            time.sleep(milliseconds / 1e3)
+            return q + k + v
+
+        tensors = *(torch.zeros(2, requires_grad=True) for _ in range(3)), torch.ones(2)
+        return measuring.Contender(name=name, run=run), tensors
+
+    inspected: list[Any] = []
+    cases = [case("slow", 10), case("fast", 1)]
+    slow, fast = measuring.measure_in_turn(ALONE, cases, 1.0, inspected.extend)
+    turns = [(name, len(list(several))) for name, several in itertools.groupby(calls)]
+    # What each needs at first, then five turns of each: at most a second of the first's.
+    once = [("slow", 1), ("fast", 1)] * 2
+    n = slow["calls"]
+    there_and_back = [("slow", n), *[("fast", 2 * n), ("slow", 2 * n)] * 2, ("fast", n)]
+    assert turns == once + there_and_back
+    assert 2 <= n == fast["calls"] <= 20
+    assert slow["turns"] == fast["turns"] == 5
+    assert 10 <= slow["forward"] <= slow["both"]
+    assert 1 <= fast["forward"] < slow["forward"]
+    assert len(inspected) == 4
 
 
 def test_a_wrong_result_differs():
