@@ -417,12 +417,13 @@ class _Returns:
 
 
 def _asks(plan: Plan) -> int:
-    """How often a backward asks what it left behind to make way, about: a launch twice."""
+    """How often a backward asks what it left behind to make way, at most (a launch may ask twice):
+    once too many costs little, but what nobody is prepared for waits until all is done."""
     last, found = len(plan.steps) - 1, 0
     for n in range(1, last + 1):
         found += _moves(plan, n) + 2 * (plan.steps[n].mask is not None) + (n > 1)
         found += _brings(plan, n + 1) or _returns(plan, n - 1)
-    return found + (last > 1) + _returns(plan, last)
+    return found + 2 * _returns(plan, last)  # to pack, and to send
 
 
 def _moves(plan: Plan, number: int) -> bool:

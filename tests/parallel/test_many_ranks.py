@@ -23,7 +23,7 @@ from attention_cases import (
 )
 from ringflex.kernels import eager, triton_kernel
 from ringflex.kernels.contract import KernelOptions, Way
-from ringflex.parallel import lanes
+from ringflex.parallel import lanes, schedule
 from ringflex.parallel.lanes import Lanes
 from ringflex.reference import Reference, reference_attention_with_gradients
 from simulated_ranks import SimulatedCommunicator, SimulatedExchange, run_ranks
@@ -161,11 +161,10 @@ def test_two_lanes_compute_the_same(
         torch.testing.assert_close(x, one[name], rtol=0, atol=5e-3 if NATIVE else 1e-5)
 
 
-def test_what_is_left_behind_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every launch that is left behind: for each later one, in the forward also for the rest of its
-    own step; for what unpacks and packs K/V (the last step's here are where they arrived), adds and
-    packs dK/dV, and for transfers. It is prepared for as much."""
-    world_size, ways = 3, {"forward": list[Way](), "backward": list[Way]()}
+def kernel_that_makes_way(ways: dict[str, list[Way]], asks: int) -> SimpleNamespace:
+    """Eager, as if its launches could overlap; of those left behind it notes what way they make.
+
+    asks: how often each launch of a backward asks others."""
 
     def leave(way: Way | None, kind: str) -> None:
         if way is not None:
@@ -177,16 +176,24 @@ def test_what_is_left_behind_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
         eager.forward(*given)
 
     def backward(*given: Any) -> None:
-        given[8].make_room()
+        for _ in range(asks):
+            given[8].make_room()
         leave(given[8].behind, "backward")
         eager.backward(*given)
 
+    changed = {"forward": forward, "backward": backward, "may_overlap": True}
+    changed["has_separate_passes"] = lambda *_: False
+    return SimpleNamespace(**vars(eager) | changed)
+
+
+def test_what_is_left_behind_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch that is left behind: for each later one, in the forward also for the rest of its
+    own step; for what unpacks and packs K/V (the last step's here are where they arrived), adds and
+    packs dK/dV, and for transfers. It is prepared for as much."""
+    world_size, ways = 3, {"forward": list[Way](), "backward": list[Way]()}
     monkeypatch.setattr(lanes, "_numbers", lambda: list(torch.arange(64, dtype=torch.int32)))
-    kernel = SimpleNamespace(**vars(eager) | {"forward": forward, "backward": backward})
-    monkeypatch.setattr(kernel, "may_overlap", True)
-    monkeypatch.setattr(kernel, "has_separate_passes", lambda *_: False)
     case = Case(mask="causal", seq_len=384, B=1, block_size=16, dtype=torch.float32)
-    found = without_sinks(simulate(case, world_size, kernel))
+    found = without_sinks(simulate(case, world_size, kernel_that_makes_way(ways, asks=1)))
     exact = without_sinks(simulate(case, world_size, eager))
     for name, x in found.items():
         torch.testing.assert_close(x, exact[name], rtol=0, atol=1e-5)
@@ -196,6 +203,28 @@ def test_what_is_left_behind_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [way.times for way in ways["forward"]] == told["forward"]
     # Launches of a backward may ask twice, but these ask once.
     assert [way.times - 2 for way in ways["backward"]] == told["backward"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "strategy", "world_size"),
+    [
+        ("contiguous", "ring", 3), ("contiguous", "direct", 2), ("zigzag", "direct", 5),
+        ("zigzag", "all_gather", 3),
+    ],
+)  # fmt: skip
+def test_who_is_asked_to_make_way_is_prepared(
+    layout: str, strategy: str, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is asked more often does not end, and the others wait until all of it is done."""
+    ways = {"forward": list[Way](), "backward": list[Way]()}
+    monkeypatch.setattr(lanes, "_numbers", lambda: list(torch.arange(64, dtype=torch.int32)))
+    case = Case(mask="causal", seq_len=384, B=1, block_size=16, dtype=torch.float32)
+    simulate(case, world_size, kernel_that_makes_way(ways, asks=2), layout, strategy)
+    assert ways["backward"]
+    for kind, spare in (("forward", 0), ("backward", 1)):
+        for way in ways[kind]:
+            told = min(schedule._MOST_ASKS, int(way.word))
+            assert told <= way.times <= told + spare
 
 
 @pytest.mark.parametrize("overlap", [False, True])
