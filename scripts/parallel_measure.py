@@ -233,7 +233,7 @@ def measure_in_turn(
     hot, and speed up when they pause.
 
     Args:
-        seconds: how long to repeat the first; at least five times, but once where that takes long.
+        seconds: how long to repeat the first, in five turns, but in fewer where a call takes long.
             None: only the first run, which is not timed otherwise.
         inspect: is given the first contender's out, dq, dk, dv, of its first run.
     """
